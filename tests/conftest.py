@@ -1,0 +1,84 @@
+"""A tiny random Qwen2.5-VL, a few clips, and the plain forward that everything is compared with."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+import policy  # noqa: E402
+import toy  # noqa: E402
+from prompt import patches  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory):
+    """A checkpoint of random weights, large enough that its outputs depend on what it sees."""
+    folder = tmp_path_factory.mktemp("tiny")
+    toy.cold_start(folder, steps=1, batch=2)
+    model, processor = policy.load(str(folder))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.08)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint_folder):
+    """(model with this project's attention, processor)."""
+    return policy.load(str(checkpoint_folder))
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint_folder):
+    """The same weights in an untouched transformers model."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small toy world on disk."""
+    folder = tmp_path_factory.mktemp("world")
+    toy.make(folder, train=48, test=24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny):
+    """Four prompts: three clips and a still image."""
+    rng, found = random.Random(5), []
+    while len(found) < 3:
+        prompt = toy.example_prompt(rng, tiny[1])[0]
+        found += [prompt] if prompt.kind == "video" else []
+    while found[-1].kind == "video":
+        prompt = toy.example_prompt(rng, tiny[1])[0]
+        found += [prompt] if prompt.kind == "image" else []
+    return found
+
+
+def plain_inputs(prompt, completion=None):
+    """What transformers' own forward takes for a prompt, with a completion after it."""
+    ids = prompt.ids if completion is None else torch.cat([prompt.ids, completion])
+    kinds = torch.zeros_like(ids)
+    kinds[:len(prompt.ids)][prompt.visual] = 2 if prompt.kind == "video" else 1
+    pixels, grid = patches(prompt.frames, prompt.vision), torch.tensor([prompt.grid])
+    media = ({"pixel_values_videos": pixels, "video_grid_thw": grid, "second_per_grid_ts": torch.tensor([prompt.seconds])}
+             if prompt.kind == "video" else {"pixel_values": pixels, "image_grid_thw": grid})
+    return dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], mm_token_type_ids=kinds[None], **media)
+
+
+def plain_logp(model, prompt, completion):
+    """(n, V) log-probabilities that the plain forward gives for each completion token."""
+    logits = model(**plain_inputs(prompt, completion)).logits[0, len(prompt.ids) - 1:-1]
+    return logits.log_softmax(-1)
