@@ -1,0 +1,144 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import plain_inputs
+
+import toy
+from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, fit, patches, question_text, rope_positions,
+                    target_size)
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "processor.npz")
+
+
+@pytest.mark.parametrize("name", ["down", "odd", "up", "image"])
+def test_patches_equal_the_transformers_processors(name):
+    """Outputs of Qwen2VLVideoProcessor and Qwen2VLImageProcessor (transformers 5.17, torchvision 0.26) for the same frames."""
+    frames = fit(GOLDEN[name + "_in"], 12 * 28 * 28, Vision())
+    got = patches(frames, Vision())
+    assert torch.equal(got, torch.from_numpy(GOLDEN[name + "_out"]))
+    grid = GOLDEN[name + "_grid"][0]
+    assert got.shape[0] == grid.prod() and (frames.shape[2] // 14, frames.shape[3] // 14) == tuple(grid[1:])
+
+
+@pytest.mark.parametrize("h, w, limit, want", [
+    (720, 1280, 128 * 784, (224, 420)), (272, 640, 128 * 784, (196, 476)), (56, 56, 128 * 784, (56, 56)),
+    (10, 10, 128 * 784, (56, 56)), (100, 30, 4 * 784, (112, 28)),
+])
+def test_target_size(h, w, limit, want):
+    assert target_size(h, w, limit) == want
+
+
+def test_target_size_keeps_within_the_limit():
+    rng = random.Random(0)
+    for _ in range(300):
+        h, w = rng.randint(30, 2000), rng.randint(30, 2000)
+        a, b = target_size(h, w, 128 * 784)
+        assert a % 28 == 0 == b % 28 and a * b <= 128 * 784
+    with pytest.raises(BadRecord, match="aspect"):
+        target_size(10, 4000, 128 * 784)
+
+
+def test_positions_equal_the_librarys(prompts, plain):
+    """Where seconds are whole, transformers' get_rope_index agrees (5.17 cuts fractions; 5.23 does not)."""
+    for prompt in prompts:
+        inputs = {k: v for k, v in plain_inputs(prompt).items() if "pixel" not in k}
+        want, delta = plain.model.get_rope_index(**inputs)
+        assert torch.equal(prompt.positions, want[:, 0])
+        assert prompt.next_position == len(prompt.ids) + int(delta)
+
+
+def test_fractions_of_seconds_move_positions():
+    visual = torch.tensor([False] + [True] * 4 + [False])
+    positions = rope_positions(visual, (4, 2, 2), 2, ticks=2 * 0.8)         # 4 temporal patches of one token
+    assert positions[0].tolist() == [0, 1, 2, 4, 5, 2]                      # 1 + floor(0, 1.6, 3.2, 4.8); text goes on at 2
+    assert positions[1].tolist() == [0, 1, 1, 1, 1, 2]
+
+
+def record(**more):
+    return {"problem": "What?", "problem_type": "multiple choice", "options": ["A. x", "B. y"], "data_type": "video", **more}
+
+
+def test_protocol_strings():
+    text = question_text(record())
+    assert text.startswith("What?Options:\nA. x\nB. y\n\nPlease think about this question as if you were a human")
+    assert text.endswith("within the <answer> </answer> tags.") and "<think> </think>" in text
+    assert "<think> and </think>" in question_text(record(), QUESTION_EVAL)
+    for kind, words in TYPE.items():
+        assert question_text(record(problem_type=kind, options=["A. x", "B. y"])).endswith(words)
+    assert "Options" not in question_text(record(problem_type="numerical", options=[]))
+
+
+@pytest.mark.parametrize("options", [["x", "y"], ["A) x", "B) y"], ["A. x", "B. y"], ["(A) x", "(B) y"]])
+def test_untidy_options(options):
+    text = question_text(record(options=options))
+    letters = ["A. x", "B. y"] if options == ["x", "y"] else options       # only options without letters get them
+    assert "Options:\n" + "\n".join(letters) + "\n" in text
+
+
+def test_a_problem_that_ends_in_options():
+    assert question_text(record(problem="Which?\nOptions:")).startswith("Which?\nOptions:\nA. x\n")
+    assert question_text(record(problem="Which? Options:\n")).count("Options:") == 1
+
+
+def test_fourteen_options_and_other_scripts():
+    text = question_text(record(problem="何色？", options=[f"色{i}" for i in range(14)]))
+    assert "何色？" in text and "N. 色13" in text
+
+
+def test_the_chat_template_surrounds_the_clip(tiny, prompts):
+    model, processor = tiny
+    for prompt in prompts:
+        media = processor.media_ids[prompt.kind]
+        t, h, w = prompt.grid
+        assert (prompt.ids == media).sum() == t * h * w // 4 == prompt.visual.sum()
+        text = processor.tokenizer.decode(prompt.ids[~prompt.visual])
+        assert text.startswith("<|im_start|> user <|vision_start|> <|vision_end|>") and text.endswith("<|im_start|> assistant")
+
+
+def test_a_question_with_a_video_token_is_refused(tiny, prompts):
+    bad = {**prompts[0].record, "problem": "what is <|video_pad|> ?", "problem_id": 77}
+    with pytest.raises(BadRecord, match="77"):
+        tiny[1].prompt(bad, prompts[0].frames, 0.5)
+
+
+def test_a_long_prompt_is_refused_not_cut(tiny, prompts):
+    with pytest.raises(BadRecord, match="exceeds the limit of 20"):
+        tiny[1].prompt({**prompts[0].record, "problem_id": 3}, prompts[0].frames, 0.5, max_prompt=20)
+
+
+def test_a_single_frame_is_doubled(tiny, prompts):
+    one = tiny[1].prompt(prompts[0].record, prompts[0].frames[:1], 0.5)
+    two = tiny[1].prompt(prompts[0].record, prompts[0].frames[:1].repeat(2, 1, 1, 1), 0.5)
+    assert torch.equal(one.ids, two.ids) and torch.equal(patches(one.frames, one.vision), patches(two.frames, two.vision))
+
+
+def test_counterfactual_prompts(prompts):
+    p = prompts[0]
+    hidden = p.hidden()
+    assert torch.equal(hidden.ids, p.ids[~p.visual]) and torch.equal(hidden.positions, p.positions[:, ~p.visual])
+    assert hidden.next_position == p.next_position
+    assert p.hidden("moved").positions[2].tolist() == list(range(len(hidden.ids)))
+    order = torch.arange(len(p.frames)).flip(0)
+    assert torch.equal(p.reordered(order).frames, p.frames.flip(0)) and torch.equal(p.reordered(order).positions, p.positions)
+    assert torch.equal(p.timed(p.seconds).positions, p.positions)
+    assert p.timed(3.0).positions[0, p.visual].max() == 3 * p.positions[0, p.visual].max() - 2 * p.positions[0, p.visual].min()
+    keep = torch.arange(int(p.visual.sum())) % 2 == 0
+    assert p.thinned(keep).visual.sum() == keep.sum()
+
+
+def test_processor_survives_a_round_trip(tiny, tmp_path):
+    processor = tiny[1]
+    tiny[0].config.save_pretrained(tmp_path)
+    processor.save(tmp_path)
+    again = type(processor).from_pretrained(str(tmp_path))
+    assert again.vision == processor.vision and again.tokenizer.chat_template == processor.tokenizer.chat_template
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"] == list(processor.vision.mean)
+
+
+def test_the_protocol_is_one_token_in_the_toy_world(prompts):
+    assert all(len(p.ids) < 70 for p in prompts)
+    assert QUESTION_TRAIN.removeprefix("{Question}\n") in toy.new_tokenizer().get_vocab()
