@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# bash train.sh              the toy world from start to finish, on any machine, with a GPU or without
+# bash train.sh 7b [...]     the paper's recipe on this node's GPUs; what follows goes to ktr.py
+# bash train.sh 7b --dry_run [...]     a dozen steps with random weights and synthetic clips: seconds and memory here
+#
+# The recipe reads from the environment
+#   MODEL   checkpoint folder or hub name (Video-R1/Qwen2.5-VL-7B-COT-SFT)     DATA     its records, JSON (needed)
+#   VIDEOS  folder the records' paths start from (DATA's)                      OUT      checkpoints, logs (runs/7b)
+#   NPROC   processes on this node (all GPUs)       DEVICE=cpu  to try the recipe with a tiny model and no GPU
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes: the same command on each, with its NODE_RANK
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./env.sh
+
+toy() {
+    export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
+    [ -f "$world/test.json" ] || "$PY" toy.py make "$world"
+    evaluate="evaluate.py --benchmark toy --data $world/test.json --videos $world --max_new_tokens 64 --batch 100 --dtype float32 --workers 1"
+    "$PY" $evaluate --model cold_start --out "$out/before"
+    "$PY" ktr.py --model cold_start --data "$world/train.json" --out "$out" --dtype float32 --no_checkpointing \
+        --max_new_tokens 64 --prompts_per_step 8 --epochs 2 --lr 1e-3 --warmup_steps 10 \
+        --save_every 100 --workers 1 "$@"
+    "$PY" $evaluate --model "$out/final" --out "$out/after"
+    "$PY" toy.py table "$out"
+}
+
+recipe() {
+    local dry= gpus nproc run
+    if [ "${1:-}" = --dry_run ]; then
+        shift; dry=1 MODEL=${MODEL:-random:7b} OUT=${OUT:-runs/dry} FRAMES=${FRAMES:-16}
+        [ -n "${DATA:-}" ] || DATA=runs/clips$FRAMES/data.json
+        [ -f "$DATA" ] || "$PY" dryrun.py clips "$(dirname "$DATA")" --frames "$FRAMES"
+        set -- --max_steps 12 --save_every 0 --max_frames "$FRAMES" "$@"
+    fi
+    gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
+        echo "error: no GPU found; the 7B recipe needs some (DEVICE=cpu tries it with a tiny model)" >&2; exit 1
+    fi
+    [ -n "${DATA:-}" ] || { echo "error: DATA is not set; it names the file of training records" >&2; exit 1; }
+    nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
+    if [ -n "$dry" ] && [ "$nproc" = 1 ]; then
+        echo "note: the optimizer's state does not fit beside a 7B on one GPU; holding an eighth of it, as one of 8 ranks does"
+        set -- --shards 8 "$@"
+    fi
+    set -- --model "${MODEL:-Video-R1/Qwen2.5-VL-7B-COT-SFT}" --data "$DATA" --videos "${VIDEOS:-$(dirname "$DATA")}" \
+        --out "${OUT:-runs/7b}" "$@"
+    LOCAL_WORLD_SIZE=$nproc "$PY" ktr.py "$@" --check
+    run=("$PY" -m torch.distributed.run --nproc_per_node "$nproc")
+    if [ "${NNODES:-1}" = 1 ]; then run+=(--standalone); else
+        run+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?NODE_RANK is not set}" --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set}"
+              --master_port "${MASTER_PORT:-29500}")
+    fi
+    # a checkpoint of the 7B can take longer to write than the 30 s that torchrun leaves after SIGTERM (torch 2.13 lets us say)
+    [[ "$("${run[@]}" --help)" != *--shutdown-timeout* ]] || run+=(--shutdown-timeout 900)
+    [ -n "$dry" ] || exec "${run[@]}" ktr.py "$@"
+    "${run[@]}" ktr.py "$@"
+    [ "${NODE_RANK:-0}" != 0 ] || "$PY" dryrun.py table "$OUT"
+}
+
+case "${1:-toy}" in
+    7b) shift; recipe "$@" ;;
+    toy) [ $# = 0 ] || shift; toy "$@" ;;
+    *) echo "usage: bash train.sh [toy|7b] [options of ktr.py]" >&2; exit 2 ;;
+esac
