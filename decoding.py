@@ -1,7 +1,7 @@
 """Decoding: one token for all completions of all prompts, as fast as the weights can be read.
 
-A `Decoder` owns the buffers of N prompts and their G completions and the step that extends them. On CUDA the
-step is compiled around the model's own forward and replayed as a CUDA graph; elsewhere it runs as it stands.
+A `Decoder` owns the buffers of N prompts and their G completions and the step that extends them: the model's own
+forward. On CUDA its layer is compiled and the step replayed as a CUDA graph; elsewhere it runs as it stands.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen2_5_VLConfig
 
-from sharing import Cache
+from sharing import Step
 
 BLOCK = 128             # slots per block of FlexAttention's sparse mask
 
@@ -60,12 +60,21 @@ def inverse_cdf(p: Tensor, draws: Tensor, block: int = 512) -> Tensor:
     return which * block + torch.minimum(within, last)
 
 
-def next_logits(model: nn.Module, token: Tensor, position: Tensor, cache: Cache, mask) -> Tensor:
+def next_logits(model: nn.Module, token: Tensor, position: Tensor, step: Step) -> Tensor:
     """(N*G, V) logits after token (N, G) at position (N, G): one decoding step of the model's own forward."""
     hidden = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token), position_ids=position.expand(3, -1, -1),
-        attention_mask={"full_attention": mask}, past_key_values=cache, use_cache=False).last_hidden_state
+        attention_mask={"full_attention": step}, use_cache=False).last_hidden_state
     return model.lm_head(hidden).flatten(0, 1)
+
+
+def blocks_in_use(lengths: Tensor, used: Tensor, room: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each prompt's `count` blocks of slots: how many the prompt fills wholly (N,) (they come first and need no mask),
+    how many need one (N,), and which those are (N, count): the prompt's last, and the completions' from `room` on."""
+    whole, ending = lengths // BLOCK, (lengths % BLOCK > 0).long()
+    after = torch.arange(count, device=lengths.device) - ending[:, None]
+    mixed_blocks = torch.where(after < 0, whole[:, None], (room // BLOCK + after).clamp(max=count - 1))
+    return whole, ending + (used + BLOCK - 1) // BLOCK, mixed_blocks
 
 
 class Decoder:
@@ -83,7 +92,9 @@ class Decoder:
         block = BLOCK if device.type == "cuda" else 1
         self.room = -(-room // block) * block
         length = self.room + -(-G * T // block) * block
-        self.cache = Cache(config, N, length, model.dtype, device)
+        shape = (N, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
+        self.kv = [(torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
+                   for _ in range(config.num_hidden_layers)]
         self.draws = torch.zeros(T, N * G, draws_for(top_p), device=device)
         self.ids, self.token, self.position, self.slots, self.step, self.lengths, self.used = (
             torch.zeros(shape, dtype=torch.long, device=device)
@@ -100,10 +111,9 @@ class Decoder:
             own = slot - room
             return (slot < prompt_lengths[b]) | ((own >= 0) & (own < used[b]) & (own % G == q % G))
 
-        self.sees, self.graph, self.block_mask = sees, None, None
-        self.next_logits, self.choose = next_logits, choose
+        self.sees, self.graph, self.block_mask, self.choose = sees, None, None, choose
         if device.type == "cuda":
-            self.next_logits, self.choose = compiled(next_logits), compiled(choose)
+            self.choose = compiled(choose)
             every = torch.arange(length // BLOCK, dtype=torch.int32, device=device).expand(N, 1, 1, -1)
             self.whole, self.mixed = torch.zeros(2, N, 1, 1, dtype=torch.int32, device=device)     # how many blocks of each
             self.mixed_blocks = every.clone()
@@ -111,6 +121,11 @@ class Decoder:
             self.block_mask = BlockMask.from_kv_blocks(self.mixed, self.mixed_blocks, self.whole, every.contiguous(), BLOCK,
                                                        sees, (queries, length), compute_q_blocks=False)
             self._capture()
+
+    def attach(self) -> None:
+        """Let the model's layers read and write this decoder's keys and values."""
+        for layer, kv in zip(self.model.model.language_model.layers, self.kv):
+            layer.self_attn.kv = kv
 
     def start(self, lengths: Tensor, positions: Tensor, draws: Tensor, ends: Sequence[int]) -> None:
         """Begin anew with n <= N prompts of the given lengths (n,), next positions (n,), and draws (<= T, n, G, K)."""
@@ -122,13 +137,13 @@ class Decoder:
         self.ends.fill_(-1)[:len(ends)] = torch.tensor(ends, dtype=torch.long, device=self.ends.device)
         self.step.zero_(), self.valid.zero_(), self.used.fill_(self.G)
         self.slots.copy_(self.room + torch.arange(self.G))
-        self.cache.decode(self.slots)
-        if self.block_mask is not None:                                             # blocks: whole prompt, its end, own slots
-            whole, ending = self.lengths // BLOCK, self.lengths % BLOCK > 0
-            after = torch.arange(self.mixed_blocks.shape[-1], device=whole.device) - ending[:, None].long()
-            self.mixed_blocks.copy_(torch.where(after < 0, whole[:, None], self.room // BLOCK + after)[:, None, None])
-            self.whole.copy_(whole[:, None, None])
-            self.mixed.copy_((ending + 1)[:, None, None])
+        self._list_blocks()
+
+    def _list_blocks(self) -> None:
+        if self.block_mask is not None:
+            for buffer, now in zip((self.whole, self.mixed, self.mixed_blocks), blocks_in_use(
+                    self.lengths, self.used, self.room, self.mixed_blocks.shape[-1])):
+                buffer.copy_(now.view_as(buffer))
 
     def extend(self, logits: Tensor) -> None:
         """Choose a token for every completion from logits (N*G, V) and write it down."""
@@ -143,26 +158,27 @@ class Decoder:
         """One decoding step: the last tokens go into the cache, the next ones come out."""
         if self.graph is not None:
             return self.graph.replay()
-        mask = self.block_mask
-        if mask is None:
-            self.cache.visible = self.room + int(self.used[0])
-            device = self.used.device
-            mask = self.sees(torch.arange(self.N, device=device)[:, None, None, None], None,
-                             torch.arange(self.G, device=device)[:, None],
-                             torch.arange(self.cache.visible, device=device))       # (N, 1, G, visible)
-        logits = self.next_logits(self.model, self.token, self.position, self.cache, mask)
+        sees = self.block_mask
+        if sees is None:
+            prompt, query, slot = (torch.arange(n) for n in (self.N, self.G, self.room + int(self.used[0])))
+            sees = self.sees(prompt[:, None, None, None], None, query[:, None], slot)       # (N, 1, G, slots so far)
+        logits = next_logits(self.model, self.token, self.position, Step(self.slots, sees))
         self.position += 1
         self.slots += self.G
         self.used += self.G
         self.step += 1
-        if self.block_mask is not None:
-            self.mixed.copy_(((self.lengths % BLOCK > 0) + (self.used + BLOCK - 1) // BLOCK)[:, None, None])
+        self._list_blocks()
         self.extend(logits)
 
     def _capture(self) -> None:
         def begin():
             one = torch.ones(self.N, dtype=torch.long, device=self.ids.device)
             self.start(one, one, self.draws.new_zeros(1, 1, 1, 1), ())
+        self.attach()
+        layers = self.model.model.language_model.layers
+        scoring = [layer._compiled_call_impl for layer in layers]
+        for layer in layers:                                                        # one is compiled and serves all
+            layer._compiled_call_impl = torch.compile(layer._call_impl, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -175,6 +191,8 @@ class Decoder:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):            # other threads (NCCL, loaders) go on
             self.advance()
         self.graph = graph
+        for layer, kept in zip(layers, scoring):
+            layer._compiled_call_impl = kept
 
 
 @cache

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from decoding import decoder_for, draws_for
 from prompt import Processor, Prompt, patches
 from sharded import flatten
-from sharing import NAMES, Cache, has_varlen, pack
+from sharing import NAMES, has_varlen, pack
 
 CHUNK = 1024            # completion tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
@@ -126,8 +126,9 @@ def vision_features(model: nn.Module, prompts: Sequence[Prompt]) -> Tensor | Non
     return torch.cat(out) if out else None
 
 
-def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | None], past: Cache | None = None) -> Tensor:
-    """Last hidden states (L, D) of one packed row of all prompts, each followed by its completions, if any."""
+def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | None], keep: int | None = None) -> Tensor:
+    """Last hidden states (L, D) of one packed row of all prompts, each followed by its completions, if any.
+    keep: the prompts' keys and values go to the layers' `kv`, from this row on."""
     device = model.device
     ids, positions, visual, owned = [], [], [], []
     for p, group in zip(prompts, groups):
@@ -141,10 +142,13 @@ def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | No
     features = vision_features(model, prompts)
     if features is not None:
         embeds = embeds.masked_scatter(torch.cat(visual).to(device)[:, None], features.to(embeds.dtype))
+    row = pack([len(p.ids) for p in prompts], owned, embeds)
+    if keep is not None:
+        places = [(torch.full_like(p.ids, n), torch.arange(len(p.ids))) for n, p in enumerate(prompts, keep)]
+        row.store = tuple(torch.cat(x).to(device) for x in zip(*places))
     return model.model.language_model(
         inputs_embeds=embeds[None], position_ids=torch.cat(positions, dim=1)[:, None].to(device),
-        attention_mask={"full_attention": pack([len(p.ids) for p in prompts], owned, embeds)},
-        past_key_values=past, use_cache=False).last_hidden_state[0]
+        attention_mask={"full_attention": row}, use_cache=False).last_hidden_state[0]
 
 
 def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
@@ -250,10 +254,10 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
     lengths = [len(p.ids) for p in prompts]
     with evaluating(model):
         d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p)
+        d.attach()
         last = []
         for part in batches(lengths, PREFILL):
-            d.cache.prefill(lengths[part], part.start)
-            hidden = run(model, prompts[part], [None] * len(prompts[part]), d.cache)
+            hidden = run(model, prompts[part], [None] * len(prompts[part]), keep=part.start)
             last.append(hidden[torch.tensor(lengths[part]).cumsum(0).to(hidden.device) - 1])
         draws = [torch.rand(max_new_tokens, G, draws_for(top_p), generator=torch.Generator().manual_seed(s)) for s in seeds]
         d.start(torch.tensor(lengths).to(model.device), torch.tensor([p.next_position for p in prompts]).to(model.device),

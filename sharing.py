@@ -1,14 +1,15 @@
-"""Sharing the prompt: the packed row, its attention, and the cache that G completions decode from.
+"""Sharing the prompt: the packed row, the step over a shared cache, and the attention of both.
 
 Scoring puts a prompt and its completions in one row, [prompt | o_1 | .. | o_G], in which every completion
-sees the prompt and itself: the prompt is computed once, forward and backward. Decoding keeps one cache per
-prompt whose slots after the prompt are dealt out in turn, token t of completion g in slot t*G + g, so the
-G tokens of a step are G queries over the same keys.
+sees the prompt and itself: the prompt is computed once, forward and backward. Decoding keeps one row of keys
+and values per prompt whose slots after the prompt are dealt out in turn, token t of completion g in slot
+t*G + g, so the G tokens of a step are G queries over the same keys.
 
-Both reach the model through transformers' attention interface, so its own forward runs unchanged. On CUDA
-the packed row is one call of torch's variable-length attention with the prompt's keys prepended to each
-completion's, and decoding is one FlexAttention kernel that splits the keys over the chip; elsewhere (and for
-the packed row in fp32, which that kernel does not take) both are SDPA under a mask.
+Both reach the model through transformers' attention interface, so its own forward runs unchanged: what it
+takes for an attention mask is a `Packed` row or a decoding `Step`. On CUDA the packed row is one call of
+torch's variable-length attention with the prompt's keys prepended to each completion's, and the step is one
+FlexAttention kernel that splits the keys over the chip; elsewhere (and for the packed row in fp32, which that
+kernel does not take) both are SDPA under a mask.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ class Packed:
     max_q: int
     max_k: int
     blocks: list[tuple[int, int, Tensor]]               # mask (1, 1, n, n) bool, True where a query may look
+    store: tuple[Tensor, Tensor] | None = None          # of each token of the row: its place (prompt, slot) in the layers' `kv`
+
+
+@dataclass
+class Step:
+    """One decoding step: N prompts' rows of slots, G new tokens each. The layers' `kv` holds keys and values,
+    each (N, heads, slots, head_dim); the new tokens go to `slots` (G,) and look at what `sees` lets them."""
+    slots: Tensor
+    sees: BlockMask | Tensor                            # over all slots, or dense (N, 1, G, n) over the first n
 
 
 def has_varlen(x: Tensor) -> bool:
@@ -63,62 +73,40 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
     return Packed(*cumulative, torch.cat(keys).to(embeds.device), max(q_lengths), max(k_lengths), blocks)
 
 
-class Cache:
-    """Keys and values of N prompts and of their G completions each, (N, heads, prompt + G*T, head_dim) per layer.
-
-    Stands where transformers expects `past_key_values`: the model's attention calls `update`. Prefilling writes
-    the packed prompts to `rows`, `columns`; decoding writes G tokens per prompt at `slots`.
-    """
-
-    def __init__(self, config, N: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (N, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros_like(k) for k in self.keys]
-        self.rows = self.columns = self.slots = None
-        self.visible = length                           # decoding attends to the first `visible` slots
-
-    def prefill(self, prompt_lengths: list[int], first: int = 0) -> None:
-        """The next forward pass computes these prompts; the cache rows from `first` on take them."""
-        device = self.keys[0].device
-        lengths = torch.tensor(prompt_lengths)
-        self.rows = torch.repeat_interleave(first + torch.arange(len(lengths)), lengths).to(device)
-        self.columns = torch.cat([torch.arange(n) for n in prompt_lengths]).to(device)
-
-    def decode(self, slots: Tensor) -> None:
-        """The next forward passes compute one token of every completion; they go to `slots` (G,) of each row."""
-        self.rows, self.slots = None, slots
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        if self.rows is not None:                       # key (1, heads, sum of prompts, head_dim)
-            self.keys[layer][self.rows, :, self.columns] = key[0].transpose(0, 1)
-            self.values[layer][self.rows, :, self.columns] = value[0].transpose(0, 1)
-            return key, value
-        self.keys[layer].index_copy_(2, self.slots, key)            # key (N, heads, G, head_dim)
-        self.values[layer].index_copy_(2, self.slots, value)
-        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
-
-
-def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packed | BlockMask | Tensor,
+def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packed | Step,
                    scaling: float | None = None, **_) -> tuple[Tensor, None]:
-    """Attention of the language model. query (B, H, Q, D), key and value (B, H_kv, K, D); returns (B, Q, H, D)."""
-    mask = attention_mask
-    if isinstance(mask, Packed):
-        if has_varlen(query):
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))           # (L, heads, D)
-            k, v = k.index_select(0, mask.keys), v.index_select(0, mask.keys)
-            return varlen_attn(q, k, v, mask.cu_q, mask.cu_k, mask.max_q, mask.max_k,
-                               window_size=(-1, 0), **GROUPED)[None], None
-        rows = [F.scaled_dot_product_attention(*(x[:, :, start:end] for x in (query, key, value)),
-                                               attn_mask=sees, scale=scaling, enable_gqa=True)
-                for start, end, sees in mask.blocks]
-        return torch.cat(rows, dim=2).transpose(1, 2), None
-    if isinstance(mask, BlockMask):                     # one decoding step: the group's heads become queries, so
-        B, H, Q, D = query.shape                        # that any ratio of heads gets the split-key kernel
-        folded = query.reshape(B, key.shape[1], -1, D)
-        out = flex_attention(folded, key, value, block_mask=mask, scale=scaling)
-        return out.view(B, H, Q, D).transpose(1, 2), None
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
+    """Attention of the language model. query (B, H, Q, D), key and value (B, H_kv, Q, D); returns (B, Q, H, D)."""
+    if isinstance(attention_mask, Step):
+        return step_attention(query, key, value, attention_mask, *module.kv, scaling), None
+    row = attention_mask
+    if row.store is not None:
+        for cache, new in zip(module.kv, (key, value)):
+            cache[row.store[0], :, row.store[1]] = new[0].transpose(0, 1)
+    if has_varlen(query):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))               # (L, heads, D)
+        k, v = k.index_select(0, row.keys), v.index_select(0, row.keys)
+        return varlen_attn(q, k, v, row.cu_q, row.cu_k, row.max_q, row.max_k, window_size=(-1, 0), **GROUPED)[None], None
+    parts = [F.scaled_dot_product_attention(*(x[:, :, start:end] for x in (query, key, value)),
+                                            attn_mask=sees, scale=scaling, enable_gqa=True)
+             for start, end, sees in row.blocks]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def step_attention(query: Tensor, key: Tensor, value: Tensor, step: Step, keys: Tensor, values: Tensor,
+                   scaling: float | None) -> Tensor:
+    """query (N, H, G, D), key and value (N, H_kv, G, D) -> (N, G, H, D), over keys and values (N, H_kv, slots, D)."""
+    keys.index_copy_(2, step.slots, key)
+    values.index_copy_(2, step.slots, value)
+    if isinstance(step.sees, BlockMask):                # a key head's query heads become queries, so that any number
+        N, H, G, D = query.shape                        # of them gets the kernel that splits the keys
+        folded = query.reshape(N, keys.shape[1], -1, D)
+        out = flex_attention(folded, keys, values, block_mask=step.sees, scale=scaling,
+                             kernel_options={"BLOCK_N": 32, "SPLIT_KV": 64 if N == 1 else 32})     # bench/NOTES.md
+        return out.view(N, H, G, D).transpose(1, 2)
+    n = step.sees.shape[-1]
+    out = F.scaled_dot_product_attention(query, keys[:, :, :n], values[:, :, :n], attn_mask=step.sees, scale=scaling,
+                                         enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,

@@ -64,8 +64,8 @@ def draw(scene: dict, t: int) -> np.ndarray:
         step = t - thing["start"]
         if not 0 <= step < 4:
             continue
-        x, y = (c + d * 7 * (step - 1.5) for c, d in zip(thing["centre"], WAYS[thing["way"]]))
-        colour, r = COLOURS[thing["colour"]], 9
+        x, y = (c + d * 11 * (step - 1.5) for c, d in zip(thing["centre"], WAYS[thing["way"]]))
+        colour, r = COLOURS[thing["colour"]], 8
         if thing["shape"] == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
         elif thing["shape"] == "square":
@@ -84,7 +84,7 @@ def new_scene(rng: random.Random, kind: str) -> dict:
     shapes, colours = sorted(rng.sample(SHAPES, count)), rng.sample(list(COLOURS), count)
     first = rng.randrange(2)
     things = [{"shape": s, "colour": c, "way": rng.choice(list(WAYS)), "start": 4 * (i != first) if count == 2 else 0,
-               "centre": (rng.randint(20, 36), rng.randint(20, 36))} for i, (s, c) in enumerate(zip(shapes, colours))]
+               "centre": (rng.randint(24, 32), rng.randint(24, 32))} for i, (s, c) in enumerate(zip(shapes, colours))]
     flashes = [] if count == 1 else sorted(rng.sample(range(FRAMES // 2), rng.randint(1, 4)))
     return {"things": things, "flashes": flashes}
 

@@ -21,13 +21,12 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import decoding  # noqa: E402
 import ktr  # noqa: E402
 import toy  # noqa: E402
 from dryrun import random_model  # noqa: E402
 from logs import Clock  # noqa: E402
 from options import parse as parse_options  # noqa: E402
-from policy import load, sample, score_groups  # noqa: E402
+from policy import evaluating, load, prepare, sample, score_groups  # noqa: E402
 from prompt import Processor, Vision, fit, patches  # noqa: E402
 from sharing import NAMES  # noqa: E402
 
@@ -146,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "engine.json")
     parser.add_argument("--T", type=int, default=512)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["usual", "static", "four", "long", "fp32", "notes"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["usual", "static", "four", "memory", "fp32"])
     a = parser.parse_args()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     G, T, path = 8, a.T, a.out
@@ -171,91 +170,64 @@ def main() -> None:
     scorer, reference = ktr.Scorer(model), load("random:7b", DEVICE, torch.bfloat16, seed=1)[0].requires_grad_(False)
     weights_and_reference = torch.cuda.memory_allocated() / 2 ** 30
 
-    # decoding, and the first step's cost
+    def prompts_of(N: int) -> list:
+        return [new_prompt(processor, 16, 252, 392, 128 * 784, seed) for seed in range(N)]
+
     def decode(N: int) -> None:
-        prompts = [new_prompt(processor, 16, 252, 392, 128 * 784, seed) for seed in range(N)]
-        begun = time.perf_counter()
-        sample(model, prompts, G, 768, ends=())                                 # compiles, captures; T=768 serves T=512 too
-        torch.cuda.synchronize()
-        first = time.perf_counter() - begun
+        """A token for 8 N sequences, and what the first call costs (it compiles and captures; T=768 serves T=512 too)."""
+        prompts = prompts_of(N)
+        first = seconds(lambda: sample(model, prompts, G, 768, ends=()))
         d = model.__dict__["_decoders"][G, 1.0, 0.95]
-        d.start(torch.tensor([len(p.ids) for p in prompts], device=DEVICE), torch.tensor([p.next_position for p in prompts], device=DEVICE),
-                torch.rand(T, N, G, 8, device=DEVICE)[..., :d.draws.shape[-1]], ())
-        steps = []
-        for _ in range(8):
-            steps.append(seconds(lambda: [d.advance() for _ in range(T // 8 - 1)]) / (T // 8 - 1))
-        per = statistics.mean(steps)
+        with evaluating(model):
+            d.start(torch.tensor([len(p.ids) for p in prompts], device=DEVICE), torch.tensor([p.next_position for p in prompts], device=DEVICE),
+                    torch.rand(T, N, G, d.draws.shape[-1], device=DEVICE), ())
+            per = statistics.mean(seconds(lambda: [d.advance() for _ in range(T // 8 - 1)]) / (T // 8 - 1) for _ in range(8))
         note(path, **{f"decode_{N * G}": {"s_per_token": per, "over_floor": per / floor, "first_call_s": first}})
 
-    def ours(N: int, name: str) -> dict:
-        prompts = [new_prompt(processor, 16, 252, 392, 128 * 784, seed) for seed in range(N)]
-        begun = time.perf_counter()
-        our_step(o, scorer, reference, processor, prompts, T, 0)                # compiles what scoring compiles
-        first = time.perf_counter() - begun
+    def ours(N: int, name: str) -> list:
+        prompts = prompts_of(N)
+        first = our_step(o, scorer, reference, processor, prompts, T, 0)["total"]   # compiles what scoring compiles
         torch.cuda.reset_peak_memory_stats()
-        runs = [our_step(o, scorer, reference, processor, prompts, T, i) for i in range(1, 4)]
-        best = sorted(runs, key=lambda r: r["total"])[1]                        # the median of three
-        groups = best.pop("groups")
-        [r.pop("groups", None) for r in runs]
-        grpo = sorted((our_step(plain, scorer, reference, processor, prompts, T, i) for i in range(3)), key=lambda r: r["total"])[1]
-        grpo.pop("groups")
-        note(path, **{name: {"phases": best, "step": best["total"], "per_prompt": best["total"] / N, "first_step_s": first,
-                             "all_runs": [r["total"] for r in runs], "grpo_step": grpo["total"], "grpo_phases": grpo,
-                             "signals_share": best["attribute"] / best["total"],
-                             "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "weights_and_reference_gib": weights_and_reference}})
+        steps = sorted((our_step(o, scorer, reference, processor, prompts, T, i) for i in range(3)), key=lambda run: run["total"])
+        peak, middle = torch.cuda.max_memory_allocated() / 2 ** 30, steps[1]
+        grpo = sorted((our_step(plain, scorer, reference, processor, prompts, T, i) for i in range(3 if N == 1 else 1)),
+                      key=lambda run: run["total"])
+        grpo = grpo[len(grpo) // 2]
+        groups = middle["groups"]
+        [run.pop("groups") for run in (*steps, grpo) if "groups" in run]
+        note(path, **{name: {"step": middle["total"], "per_prompt": middle["total"] / N, "phases": middle, "all_steps": [run["total"] for run in steps],
+                             "first_step_s": first, "grpo_step": grpo["total"], "signals_share": 1 - grpo["total"] / middle["total"],
+                             "peak_gib": peak, "weights_and_reference_gib": weights_and_reference}})
         return groups
+
+    def memory(name: str, prompt, T: int, state: int = 0) -> None:
+        """Peak of a step, with `state` bytes of optimizer state allocated beside it."""
+        model.__dict__.pop("_decoders", None)
+        torch.cuda.empty_cache()
+        held = torch.zeros(state, dtype=torch.uint8, device=DEVICE)
+        our_step(o, scorer, reference, processor, [prompt], T, 0)
+        torch.cuda.reset_peak_memory_stats()
+        run = our_step(o, scorer, reference, processor, [prompt], T, 1)
+        run.pop("groups")
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        note(path, **{name: {"video_tokens": int(prompt.visual.sum()), "prompt": len(prompt.ids), "T": T, "step": run["total"], "phases": run,
+                             "peak_gib": peak, "peak_without_reference_gib": peak - weights_and_reference / 2, "state_gib": held.numel() / 2 ** 30}})
 
     decode(1)
     groups = ours(1, "ours_1")
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         gap = (score_groups(model, [prompt], groups)[0][0] - groups[0].logp).abs().flatten()
-    note(path, sampling_gap_bf16={"mean": gap.mean().item(), "median": gap.median().item(),
-                                  "p99": gap.quantile(0.99).item(), "max": gap.max().item()})
-    model.train()
-
-    torch.cuda.empty_cache()                                                    # memory at T=768
-    before = torch.cuda.memory_allocated() / 2 ** 30
-    torch.cuda.reset_peak_memory_stats()
-    run = our_step(o, scorer, reference, processor, [prompt], 768, 5)
-    note(path, memory_768={"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "before_gib": before,
-                           "without_reference_gib": torch.cuda.max_memory_allocated() / 2 ** 30 - weights_and_reference / 2, "step": run["total"]})
-
+    note(path, sampling_gap_bf16={"mean": gap.mean().item(), "median": gap.median().item(), "p99": gap.quantile(0.99).item(), "max": gap.max().item()})
     if "four" not in a.skip:
         decode(4)
         ours(4, "ours_4")
-    if "long" not in a.skip:                                                    # 64 frames, state of one of 8 ranks allocated
-        model.__dict__.pop("_decoders", None)
-        torch.cuda.empty_cache()
-        state = torch.zeros(3 * sum(p.numel() for p in model.parameters()) // 8, device=DEVICE)
-        long = new_prompt(processor, 64, 448, 448, 256 * 784)
-        our_step(o, scorer, reference, processor, [long], 768, 0)
-        torch.cuda.reset_peak_memory_stats()
-        run = our_step(o, scorer, reference, processor, [long], 768, 1)
-        run.pop("groups")
-        note(path, long_64={"video_tokens": int(long.visual.sum()), "prompt": len(long.ids), "T": 768, "step": run["total"], "phases": run,
-                            "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30, "state_gib": state.numel() * 4 / 2 ** 30})
-        del state
-    if "fp32" not in a.skip:
-        tokenizer = toy.new_tokenizer()
-        torch.manual_seed(0)
-        from policy import prepare
-        tiny = prepare(transformers.Qwen2_5_VLForConditionalGeneration(toy.new_config(tokenizer)), DEVICE)
-        small = Processor(tokenizer, tiny.config, {"image_mean": Vision.mean, "image_std": Vision.std})
-        clip = new_prompt(small, 8, 56, 56, 56 * 56)
-        group = sample(tiny, [clip], G, 64, ends=())
-        with torch.no_grad():
-            gap = (score_groups(tiny, [clip], group)[0][0] - group[0].logp).abs()
-        note(path, sampling_gap_fp32={"max": gap.max().item(), "mean": gap.mean().item()})
     if "usual" not in a.skip:
-        del reference, scorer
-        model.__dict__.pop("_decoders", None)
-        del model
-        torch.cuda.empty_cache()
+        kept = model.__dict__.pop("_decoders")
         usual = random_model("random:7b", DEVICE, torch.bfloat16)
         assert usual.config.text_config._attn_implementation not in NAMES.values()
         usual_step(usual, prompt, G, T, path, static="static" not in a.skip)
-        one, four = RESULTS.get("ours_1"), RESULTS.get("ours_4")
+        del usual, kept
+        one, four = RESULTS["ours_1"], RESULTS.get("ours_4")
         ratios = {"one_prompt": RESULTS["usual"]["step"] / one["step"]}
         if four:
             ratios["four_prompts"] = RESULTS["usual"]["step"] / four["per_prompt"]
@@ -263,8 +235,21 @@ def main() -> None:
         if "step" in RESULTS.get("usual_static", {}):
             ratios["one_prompt_over_static"] = RESULTS["usual_static"]["step"] / one["step"]
         note(path, times_faster=ratios)
+    if "memory" not in a.skip:                                                      # the state is that of one of 8 ranks
+        state = 12 * sum(p.numel() for p in model.parameters()) // 8
+        memory("memory_16_frames", prompt, 768)
+        memory("memory_32_frames", new_prompt(processor, 32, 448, 448, 256 * 784), 768, state)
+        memory("memory_64_frames", new_prompt(processor, 64, 448, 448, 256 * 784), 768, state)
+    if "fp32" not in a.skip:
+        tokenizer = toy.new_tokenizer()
+        torch.manual_seed(0)
+        tiny = prepare(transformers.Qwen2_5_VLForConditionalGeneration(toy.new_config(tokenizer)), DEVICE)
+        clip = new_prompt(Processor(tokenizer, tiny.config, {"image_mean": Vision.mean, "image_std": Vision.std}), 8, 56, 56, 56 * 56)
+        group = sample(tiny, [clip], G, 64, ends=())
+        with evaluating(tiny):
+            gap = (score_groups(tiny, [clip], group)[0][0] - group[0].logp).abs()
+        note(path, sampling_gap_fp32={"max": gap.max().item(), "mean": gap.mean().item()})
 
 
 if __name__ == "__main__":
-    assert decoding
     main()

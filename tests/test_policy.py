@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from conftest import plain_inputs, plain_logp
 
 import policy
-from decoding import choose, draws_for, inverse_cdf, vision_tokens
+from decoding import BLOCK, blocks_in_use, choose, draws_for, inverse_cdf, vision_tokens
 from policy import Group, TokenStats, batches, sample, score, score_groups
 
 
@@ -193,6 +193,24 @@ def test_inverse_cdf_finds_what_a_scan_finds():
     exact = torch.searchsorted(p.double().cumsum(-1), draws.double() * p.double().sum(-1, keepdim=True), right=True)
     assert torch.equal(inverse_cdf(p, draws), exact)
     assert (inverse_cdf(p, torch.zeros(6, 8)) == 700).all() and (p.gather(1, inverse_cdf(p, torch.full((6, 8), 1 - 1e-7))) > 0).all()
+
+
+def test_blocks_in_use_cover_exactly_what_is_seen():
+    """What decoding on a GPU visits: whole blocks are seen by everyone, listed ones hold all the rest, no other has any."""
+    torch.manual_seed(0)
+    G, room, count = 3, 3 * BLOCK, 9
+    for _ in range(40):
+        lengths, used = torch.randint(1, room + 1, (4,)), torch.randint(1, 250, (1,)).expand(4) * G
+        whole, mixed, listing = blocks_in_use(lengths, used, room, count)
+        slots = torch.arange(count * BLOCK)
+        own = slots - room
+        sees = (slots < lengths[:, None]) | ((own >= 0) & (own < used[:, None]))                    # by any completion
+        for n in range(4):
+            blocks = sees[n].view(count, BLOCK)
+            listed = listing[n, :mixed[n]].tolist()
+            assert blocks[:whole[n]].all() and (slots[:whole[n] * BLOCK] < lengths[n]).all()
+            assert len(set(listed)) == len(listed) and not set(listed) & set(range(int(whole[n])))
+            assert {b for b in range(count) if blocks[b].any()} == set(range(int(whole[n]))) | set(listed)
 
 
 def test_batches():
