@@ -187,7 +187,9 @@ def main(o: Options) -> None:
     memory("reference")
     scorer: nn.Module = Scorer(model)
     if world > 1:
-        scorer = DistributedDataParallel(scorer, device_ids=[device.index] if device.type == "cuda" else None,
+        torch._dynamo.config.optimize_ddp = False       # layers are compiled one by one; cut up for DDP's buckets, they would
+        scorer = DistributedDataParallel(               # not match what checkpointing recomputes outside its forward
+            scorer, device_ids=[device.index] if device.type == "cuda" else None,
                                          gradient_as_bucket_view=True, broadcast_buffers=False)
     memory("gradients")
 
