@@ -189,8 +189,8 @@ def main(o: Options) -> None:
     if world > 1:
         torch._dynamo.config.optimize_ddp = False       # layers are compiled one by one; cut up for DDP's buckets, they would
         scorer = DistributedDataParallel(               # not match what checkpointing recomputes outside its forward
-            scorer, device_ids=[device.index] if device.type == "cuda" else None,
-                                         gradient_as_bucket_view=True, broadcast_buffers=False)
+            scorer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+            broadcast_buffers=False)
     memory("gradients")
 
     A, B = o.prompts_per_step, o.prompts_per_step * world                           # prompts per rank; of all ranks

@@ -146,7 +146,7 @@ def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | No
     if keep is not None:
         places = [(torch.full_like(p.ids, n), torch.arange(len(p.ids))) for n, p in enumerate(prompts, keep)]
         row.store = tuple(torch.cat(x).to(device) for x in zip(*places))
-    return model.model.language_model(
+    return model.model.language_model(                  # a view would have its first layer compiled apart from the rest
         inputs_embeds=embeds[None].clone(), position_ids=torch.cat(positions, dim=1)[:, None].to(device),
         attention_mask={"full_attention": row}, use_cache=False).last_hidden_state[0]
 

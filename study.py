@@ -52,7 +52,7 @@ VARIANTS = {
     "KTR reversed frames": "--order reverse",
     "KTR half masked": "--masking half",
     "KTR signed": "--shift signed",
-    "GRPO lr x2.2": "--signals all --lr 2.2e-3",                    # the step size that /selected amounts to
+    "GRPO lr x2.2": "--signals all --lr 2.2e-4",                    # the step size that /selected amounts to
     "random 45% /selected": "--signals random --ratio 0.45 --normalize selected",
     "KTR /selected": "--normalize selected",
 }
@@ -68,7 +68,7 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, de
         return
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device, "HF_HUB_OFFLINE": "1"}
     train = ["ktr.py", "--model", a.model, "--data", f"{a.world}/train.json", "--out", str(out), "--dtype", "float32",
-             "--no_checkpointing", "--max_new_tokens", "64", "--prompts_per_step", "8", "--max_steps", str(a.steps), "--lr", "1e-3",
+             "--no_checkpointing", "--max_new_tokens", "64", "--prompts_per_step", "4", "--max_steps", str(a.steps), "--lr", "1e-4",
              "--warmup_steps", "10", "--save_every", "1000", "--keep", "1", "--workers", "0", "--seed", str(seed),
              "--sample_every", "1000000", *shlex.split(options)]
     test = ["evaluate.py", "--model", str(out / "final"), "--data", f"{a.world}/test.json", "--videos", a.world, "--benchmark", "toy",
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="further variants, as options of ktr.py")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--jobs", type=int, default=0, help="runs at once (default: one per core, four per GPU)")
     parser.add_argument("--world", default="toy_world")
     parser.add_argument("--model", default="cold_start")
