@@ -28,7 +28,7 @@ from data import Limits, check_record, load_media, loader, read_json
 from policy import load, sample
 from prompt import QUESTION_EVAL, BadRecord, Processor, Prompt, name_of
 from rewards import extract_answer, grade
-from sharded import distributed
+from sharded import distributed, leave
 
 # accuracy in percent at 16, 32, 64 frames: (cold start, Video-KTR), table 1 of the paper
 PAPER = {
@@ -339,5 +339,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         main(parse())
+        leave()
     except (BadRecord, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -38,7 +38,7 @@ from options import UNUSABLE, Options, limits_of, parse, preflight
 from policy import Group, batches, evaluating, hidden_states, load, predicting_states, sample, score_groups, unflatten
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
-from sharded import ShardedAdamW, distributed
+from sharded import ShardedAdamW, distributed, leave
 
 ROW_TOKENS = 8192       # prompts are scored together while their packed rows stay within this many tokens
 PATIENCE = 5            # steps in a row that may be skipped because the gradient is not finite
@@ -297,3 +297,4 @@ def main(o: Options) -> None:
 
 if __name__ == "__main__":
     main(parse())
+    leave()

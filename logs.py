@@ -83,7 +83,7 @@ def measured(o: Options, item: dict) -> dict[str, float]:
     r, group, rewards = item["rollout"], item["group"], item["rewards"]
     n = r.valid.sum()
     chosen = chosen_by(o, item)
-    times = sum(mask.int() for mask in chosen.values())
+    times = sum(chosen.values(), torch.zeros_like(r.valid, dtype=torch.int))        # signals that chose each token
     values = {
         "reward": rewards.mean(), "reward_std": rewards.std(), "flat": (rewards == rewards[0]).all(), "length": n / o.G,
         "ended": group.ended.float().mean(), "tokens": n, "entropy": r.entropy.sum() / n,
