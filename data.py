@@ -36,7 +36,7 @@ def read_json(path: str | Path) -> list:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):             # splitlines would cut at U+2028, inside a text
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:

@@ -219,7 +219,7 @@ def start_or_continue(path: Path, settings: dict, first: bool) -> set[int]:
     """Rows answered already. Rank 0 drops a line that a kill cut short, and refuses answers made under other settings."""
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.open(encoding="utf-8").readlines() if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         if whole:
             old = json.loads(whole[0])["settings"]
@@ -230,17 +230,17 @@ def start_or_continue(path: Path, settings: dict, first: bool) -> set[int]:
             whole = [json.dumps({"settings": settings}) + "\n"]
         if lines != whole:
             part = path.with_suffix(".part")
-            part.write_text("".join(whole))
+            part.write_text("".join(whole), "utf-8")
             part.rename(path)
     if dist.is_initialized():
         dist.barrier()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     return {row["row"] for row in rows if "settings" not in row and "unreadable" not in row}
 
 
 def append(path: Path, rows: list[dict]) -> None:
     """Add whole lines; the lock keeps those of several processes apart."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

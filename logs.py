@@ -148,12 +148,12 @@ class Log:
             return
         (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
         for name in ("log.jsonl", "samples.jsonl"):                 # a resumed run repeats what came after its checkpoint
-            lines = (out / name).read_text().splitlines(keepends=True) if (out / name).exists() else []
-            (out / name).write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
+            lines = (out / name).open(encoding="utf-8").readlines() if (out / name).exists() else []
+            (out / name).write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start), "utf-8")
         self.writer = reporter(o, out)
 
     def append(self, name: str, row: dict) -> None:
-        with open(self.out / name, "a") as file:
+        with open(self.out / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def step(self, step: int, steps: int, totals: dict[str, float], more: dict[str, float], clock: Clock) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import BadRecord, Limits, load_media
 
-LIMIT, POINTS = 20_000_000, 2000                    # bytes of a page, points of a curve
+LIMIT, POINTS = 20_000_000, 1000                    # bytes of a page, points of a curve
 THUMBNAILS = Limits(max_frames=6, max_pixels=24 * 28 * 28, image_pixels=60 * 28 * 28)
 SIGNALS = ("visual", "temporal", "entropy")         # always in the first three colours; other names follow
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")     # Okabe and Ito's: colour-blind safe
@@ -44,8 +44,8 @@ def smooth(ys: list[float | None]) -> list[float | None]:
 
 def whole(sample: dict) -> bool:
     """Whether each token has a score and a choice from each signal."""
-    return isinstance(sample["completions"], list) and all(
-        len(c["tokens"]) == len(scores) == len(c["chosen"][name]) for c in sample["completions"] for name, scores in c["signals"].items())
+    return isinstance(sample["completions"], list) and all(isinstance(c["tokens"], list) and all(
+        len(c["tokens"]) == len(scores) == len(c["chosen"][name]) for name, scores in c["signals"].items()) for c in sample["completions"])
 
 
 def read_rows(path: Path, usable=lambda row: True) -> tuple[list[dict], list[str]]:
@@ -87,9 +87,10 @@ def percent(part: float, of: float) -> str:
 
 def sample_tables(samples: list[dict]) -> list[tuple]:
     """(title, note, head, rows): the words each signal selects, where it does, and the overlap of the selected sets.
-    Tokens that a signal does not apply to (temporal, in a still image) do not count as ones it left."""
+    The watched question, every other sample, would outweigh the rest and does not count; nor do, for a signal, tokens
+    that it does not apply to (temporal, in a still image)."""
     seen, taken, sets = Counter(), Counter(), Counter()             # seen and taken: (signal, word), (signal, tenth of the completion)
-    for c in (c for s in samples for c in s["completions"]):
+    for c in (c for s in samples if not s.get("watched") for c in s["completions"]):
         for t, token in enumerate(c["tokens"]):
             sets[tuple(name for name in c["signals"] if c["chosen"][name][t])] += 1
             for name in c["signals"]:
@@ -136,7 +137,7 @@ def content_of(folders: list[Path]) -> dict:
     base = os.path.commonpath([folder.resolve().parent for folder in folders])
     runs = [{"name": os.path.relpath(folder.resolve(), base), **read_run(folder)} for folder in folders]
     tables = [(f"{title} ({run['name']})" if len(runs) > 1 else title, *rest)
-              for run in runs for title, *rest in (sample_tables(run["samples"]) if run["samples"] else [])]
+              for run in runs for title, *rest in sample_tables(run["samples"])]
     values = {name: {y for run in runs for y in run["log"].get(name, [])} - {None} for run in runs for name in run["log"]}
     return {"runs": runs, "signals": SIGNALS, "colours": COLOURS, "clips": {}, "tables": tables + option_tables(runs),
             "groups": groups_of([name for name, ys in values.items() if len(ys) > 1]),
@@ -162,9 +163,10 @@ def thumbnails(sample: dict, videos: str) -> list[str]:
 
 
 def render(content: dict) -> str:
-    """The page around its content, in ASCII: its length is its size, and half a surrogate can be written."""
+    """The page around its content, which is ASCII: its length is its size, and half a surrogate can be written."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return PAGE.replace("__DATA__", text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return page.replace("__DATA__", text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def build(content: dict, limit: int = LIMIT) -> str:
@@ -190,7 +192,7 @@ def build(content: dict, limit: int = LIMIT) -> str:
     for what, kept, of in (("samples", sum(len(run["samples"]) for run in content["runs"]), sum(map(len, everything))),
                            ("samples' clips", len(content["clips"]), len(clips))):
         if kept < of:
-            content["notes"].append(f"{kept} of {of} {what} are shown, to stay below {limit / 1e6:g} MB (the tables count all samples)")
+            content["notes"].append(f"{kept} of {of} {what} are shown, to stay below {limit / 1e6:g} MB (the tables count all)")
     return render(content)
 
 
@@ -219,195 +221,12 @@ def plot(content: dict, page: Path) -> None:
         print(page.with_suffix(kind))
 
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Video-KTR</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-[hidden] { display: none !important }
-:root { color-scheme: light dark; --ink: #1d2024; --soft: #5f6670; --line: #dfe2e6; --paper: #fff; --card: #f6f7f8 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6e9; --soft: #9ba2ac; --line: #33383f; --paper: #16181b; --card: #1e2125 } svg path, i { filter: brightness(1.3) } }
-body { margin: auto; padding: 1.5rem; max-width: 76rem; color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem } p { margin: .3rem 0 }
-h3, summary { font-size: .9rem; font-weight: 600; margin: 0 } .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
-.bar, label, button { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem } .bar { gap: .5rem 1rem; margin: .5rem 0 }
-select, button { font: inherit; color: inherit; max-width: 80vw; padding: .2rem .6rem;
-  background: var(--card); border: 1px solid var(--line); border-radius: 6px }
-button[aria-pressed=false] { color: var(--soft); background: none; text-decoration: line-through }
-i { width: .8em; height: .8em; border-radius: 3px; display: inline-block } #questions { width: 30rem }
-#sample { display: grid; grid-template-columns: minmax(12rem, 18rem) minmax(0, 1fr); gap: 1.75rem; margin-top: 1.2rem }
-@media (max-width: 46rem) { #sample { grid-template-columns: minmax(0, 1fr) } }
-#frames { display: grid; grid-template-columns: repeat(auto-fit, minmax(5rem, 1fr)); gap: 4px; margin-bottom: .8rem }
-img { width: 100%; max-width: 12rem; border-radius: 4px } #question, #notes { white-space: pre-wrap; overflow-wrap: anywhere }
-article + article { border-top: 1px solid var(--line); padding-top: .7rem; margin-top: .9rem }
-.text { line-height: 2; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto }
-.text span { border-radius: 3px; padding: .15em 1px .25em; margin-right: 1px } .text .at { outline: 2px solid var(--ink) }
-#tip { position: fixed; z-index: 1; pointer-events: none; background: var(--ink); color: var(--paper); border-radius: 6px;
-  padding: .4rem .6rem; font: 12px/1.5 ui-monospace, monospace; white-space: pre }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .9rem 1.5rem; margin: .5rem 0 1.5rem }
-figure { margin: 0 } figcaption { font-size: .85rem; display: flex; justify-content: space-between }
-svg { width: 100%; display: block } svg text { font-size: 10px; fill: var(--soft) } svg path { fill: none; stroke-linecap: round }
-#tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem 2rem }
-details { overflow-x: auto } .wide { grid-column: 1 / -1 } table { border-collapse: collapse; font-size: .82rem; width: 100% }
-th, td { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
-th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left }
-</style>
-<h1></h1><p id="about" class="soft"></p><ul id="notes" class="soft" aria-label="what is missing"></ul>
-<h2>Tokens</h2>
-<div class="bar"><label>run <select id="run"></select></label><label>question <select id="questions"></select></label>
-<label>step <input type="range" id="at" min="0" value="0"><output id="step"></output></label></div>
-<div class="bar" id="toggles" role="group" aria-label="what is coloured"></div>
-<p class="soft">A token has a band for each signal, as strong as its score (the root of its part of the sample's highest), and
-a line below in the colours of the signals that selected it. Hover for the numbers, or focus a text and use the arrow keys.</p>
-<div id="sample"><div><div id="frames"></div><div id="question"></div></div><div id="texts"></div></div>
-<h2>Curves</h2>
-<div class="bar" id="legend"></div><div id="curves"></div><p id="constant" class="soft"></p>
-<h2>Tables</h2>
-<div id="tables"></div><div id="tip" role="status" hidden></div>
-<script type="application/json" id="data">__DATA__</script>
-<script>
-"use strict"
-const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent)
-const el = (tag, props, ...inside) => { const e = Object.assign(document.createElement(tag), props); e.append(...inside); return e }
-const digits = x => x == null ? "–" : x && Math.abs(x) < 1e-3 ? x.toExponential(1) : String(+x.toPrecision(4))
-const colour = i => data.colours[i % data.colours.length], swatch = i => el("i", {style: "background:" + colour(i)})
-
-// tokens: one question of one run at one step
-const found = new Set(data.runs.flatMap(r => r.samples.flatMap(s => s.completions.flatMap(c => Object.keys(c.signals)))))
-const signals = [...new Set([...data.signals, ...found])].map((name, i) => ({name, i, on: true})).filter(s => found.has(s.name))
-let run, pointed, only = true
-for (const r of data.runs) {
-  r.questions = {}
-  for (const s of r.samples) (r.questions[JSON.stringify([s.watched, s.problem_id, s.path, s.problem])] ??= []).push(s)
-}
-
-function paint(span) {
-  const {c, t, top} = span, chose = s => c.chosen[s.name]?.[t]
-  const bands = signals.filter(s => s.on && c.signals[s.name] && (chose(s) || !only)), lines = bands.filter(chose)
-  const strength = s => Math.round(30 + 120 * Math.sqrt(Math.max(0, c.signals[s.name][t]) / (top[s.name] || 1))).toString(16)
-  const stripes = (to, list, tone) => `linear-gradient(to ${to}, ${list.map((s, i) =>
-    `${tone(s)} ${100 * i / list.length}% ${100 * (i + 1) / list.length}%`)})`
-  span.style.background = [...lines.length ? [stripes("right", lines, s => colour(s.i)) + " bottom / 100% 3px no-repeat"] : [],
-    ...bands.length ? [stripes("bottom", bands, s => colour(s.i) + strength(s))] : []].join()
-}
-
-function point(span) {
-  const tip = $("tip")
-  pointed?.classList.remove("at")
-  tip.hidden = !(pointed = span)
-  if (!span) return
-  const {c, t} = span, box = span.getClientRects()[0]
-  span.classList.add("at")
-  tip.textContent = [`${JSON.stringify(c.tokens[t])}  ${t + 1} of ${c.tokens.length}`, ...signals.map(s =>
-    `${s.name.padEnd(9)} ${digits(c.signals[s.name]?.[t]).padEnd(8)} ${c.chosen[s.name]?.[t] ? "selected" : ""}`)].join("\n")
-  tip.style.left = Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 8)) + "px"
-  tip.style.top = box.bottom + 6 + (box.bottom + 6 + tip.offsetHeight < innerHeight ? 0 : -box.height - 12 - tip.offsetHeight) + "px"
-}
-
-function text(c, top) {
-  const p = el("p", {className: "text", tabIndex: 0}), bare = !c.tokens.some(token => /\s/.test(token))     // the toy world's words
-  c.tokens.forEach((token, t) => {
-    p.append(el("span", {c, t, top}, String(token).replaceAll("\n", "↵\n")), bare ? " " : "")
-    paint(p.children[t])
-  })
-  p.onpointerover = e => point(e.target.c ? e.target : null)
-  p.onpointerleave = p.onscroll = p.onblur = () => point(null)
-  p.onkeydown = e => {
-    const by = {ArrowRight: 1, ArrowLeft: -1}[e.key], next = p.children[pointed?.parentNode === p ? pointed.t + by : 0]
-    if (by && next) { e.preventDefault(); point(next) }
-  }
-  return p
-}
-
-function show() {
-  const samples = run.questions[$("questions").value] ?? [], s = samples[$("at").value] ?? samples.at(-1)
-  $("sample").hidden = !s
-  if (!s) return
-  const top = Object.fromEntries(signals.map(({name}) => [name, Math.max(...s.completions.flatMap(c => c.signals[name] ?? 0))]))
-  const clip = data.clips[`${run.options.videos}/${s.path}`] ?? "no frames"
-  point(null)
-  $("at").max = samples.length - 1
-  $("step").textContent = `${s.step} (${+$("at").value + 1} of ${samples.length})`
-  $("frames").replaceChildren(...clip.map?.((src, i) => el("img", {src, alt: `frame ${i + 1} of ${clip.length}`})) ?? [clip])
-  $("question").replaceChildren(el("h3", {}, String(s.problem)), [s.options ?? []].flat().join("\n"),
-    el("p", {className: "soft"}, `answer: ${String(s.solution).replace(/<.?answer>/g, "")}\n${s.path}`))
-  $("texts").replaceChildren(...s.completions.map((c, g) => el("article", {}, el("h3", {}, `completion ${g + 1} `, el("span", {className: "soft"},
-    `reward ${digits(c.reward)} (accuracy ${digits(c.accuracy)}, format ${digits(c.format)}), advantage ${digits(c.advantages)}, ` +
-    `${c.tokens.length} tokens, ${c.tokens.filter((_, t) => signals.some(s => c.chosen[s.name]?.[t])).length} selected`)), text(c, top))))
-}
-
-function choose() {                     // another run: the same question, if it has it
-  const before = $("questions").value
-  run = data.runs[$("run").value]
-  $("questions").replaceChildren(...Object.entries(run.questions).map(([value, [s, ...more]]) => el("option", {value},
-    `${s.watched ? "watched" : "step " + s.step}: ${String(s.problem).slice(0, 90)}` + (more.length ? ` (${more.length + 1} steps)` : ""))))
-  if (before in run.questions) $("questions").value = before
-  show()
-}
-const toggle = (flip, ...inside) => el("button", {type: "button", ariaPressed: "true", onclick() {
-  this.ariaPressed = String(flip())
-  document.querySelectorAll(".text span").forEach(paint)
-}}, ...inside)
-$("toggles").append(...signals.map(s => toggle(() => s.on = !s.on, swatch(s.i), s.name)), toggle(() => only = !only, "selected only"))
-$("run").append(...data.runs.map((r, value) => el("option", {value}, r.name)))
-$("run").onchange = choose
-$("questions").onchange = $("at").oninput = show
-choose()
-
-// curves: a panel for each column, a line for each run
-const svg = (tag, attributes, ...inside) => {
-  const e = document.createElementNS("http://www.w3.org/2000/svg", tag)
-  for (const key in attributes) e.setAttribute(key, attributes[key])
-  e.append(...inside)
-  return e
-}
-const steps = data.runs.flatMap(r => r.log.step), first = Math.min(...steps), last = Math.max(...steps)
-function range(names) {                 // without the highest and lowest 0.5%: a spike would flatten the rest
-  const ys = names.flatMap(name => data.runs.flatMap(r => r.log[name] ?? [])).filter(y => y != null).sort((a, b) => a - b)
-  const cut = Math.floor(ys.length / 200), low = ys[cut], high = ys[ys.length - 1 - cut]
-  return low < high ? [low, high] : [low - 0.5, low + 0.5]
-}
-function chart(name, [low, high]) {
-  const x = step => 38 + 254 * (step - first) / (last - first || 1), y = value => 106 - 98 * (value - low) / (high - low)
-  const unit = 10 ** Math.floor(Math.log10((high - low) / 2)), tick = [5, 2, 1].map(m => m * unit).find(m => (high - low) / m >= 2)
-  const picture = svg("svg", {viewBox: "0 0 300 124", role: "img", "aria-label": name})
-  for (let at = Math.ceil(low / tick); at * tick <= high; at++) picture.append(
-    svg("path", {d: `M38 ${y(at * tick)}h254`, stroke: "var(--line)"}),
-    svg("text", {x: 33, y: y(at * tick) + 3, "text-anchor": "end"}, digits(at * tick)))
-  picture.append(svg("text", {x: 38, y: 121}, first), svg("text", {x: 292, y: 121, "text-anchor": "end"}, `step ${last}`))
-  data.runs.forEach((r, i) => [[r.log, {opacity: 0.3}], [r.smooth, {"stroke-width": 1.8}]].forEach(([{[name]: ys = []}, more]) =>
-    picture.append(svg("path", {stroke: colour(i), ...more, d: ys.map((v, t) => v == null ? "" :
-      `${ys[t - 1] == null ? "M" : "L"}${x(r.log.step[t]).toFixed(1)} ${y(v).toFixed(1)}h0`).join("")}))))
-  return el("figure", {}, el("figcaption", {}, name, el("span", {className: "soft"},
-    data.runs.map(r => digits(r.smooth[name]?.at(-1))).join(" · "))), picture)
-}
-$("legend").append(...data.runs.flatMap((r, i) => [swatch(i), r.name]))
-$("curves").append(...Object.entries(data.groups).flatMap(([title, names]) => {
-  const same = /^(Share|Seconds)/.test(title) && range(names)
-  return [el("h3", {}, title), el("div", {className: "grid"}, ...names.map(name => chart(name, same || range([name]))))]
-}))
-$("constant").textContent = "Constant: " + data.constant.join(", ")
-
-$("tables").append(...data.tables.filter(([, , , rows]) => rows.length).map(([title, note, head, rows]) => {
-  const cells = (tag, row) => el("tr", {}, ...row.map(cell => el(tag, {}, String(cell))))
-  return el("details", {open: title !== "All options", className: /ptions|Pos/.test(title) ? "wide" : ""}, el("summary", {}, title),
-    el("p", {className: "soft"}, note), el("table", {}, cells("th", head), ...rows.map(row => cells("td", row))))
-}))
-document.title = document.querySelector("h1").textContent = `Video-KTR: ${data.runs.map(r => r.name).join(", ")}`
-$("about").textContent = data.runs.map(r => `${r.name}: ${r.steps} steps, ${r.samples.length} samples`).join(" · ")
-$("notes").append(...data.notes.map(note => el("li", {}, note)))
-$("notes").hidden = !data.notes.length
-</script>
-"""
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that ktr.py wrote")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
     arguments = parser.parse_args()
     out, content = arguments.out or arguments.runs[0] / "report.html", content_of(arguments.runs)
-    out.write_text(build(content))
+    out.write_text(build(content), encoding="utf-8")
     print(out)
     plot(content, out)

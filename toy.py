@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from attribution import Rollout, attribute, top_tokens
+from attribution import Rollout, attribute, shift, top_tokens
 from data import Prompts, read_records
-from policy import Group, batches, load, prepare, sample, score_groups
+from policy import Group, load, prepare, sample, score_groups
 from prompt import QUESTION_EVAL, QUESTION_TRAIN, TYPE, Processor, Prompt, Vision, fit
 
 SIDE, FRAMES, FPS = 56, 8, 2
@@ -271,38 +270,55 @@ def cold_start(folder: Path, steps: int = 3000, batch: int = 64, lr: float = 1e-
 
 
 # ------------------------------------------------------------------------------- attribution, the table
+CLASSES = ("visual", "temporal", "answer", "filler")
+LOOKS = {       # a signal and how it looks: (kind of shift, what the Rollout takes)
+    "visual": ("abs", {}), "visual, zeroed": ("abs", {"masking": "zero"}), "visual, signed": ("signed", {}),
+    "temporal": ("abs", {}), "temporal, reversed": ("abs", {"order": "reverse"}), "temporal, blocks": ("abs", {"order": "blocks"}),
+    "temporal, signed": ("signed", {}), "entropy": ("abs", {}), "random": ("abs", {}), "all": ("abs", {}),
+}
+
+
 def attribution_table(model_name: str, world: Path, questions: int = 64, G: int = 4, ratio: float = 0.2) -> dict:
-    """For each signal's top tokens: the share of each kind of word among them, and precision and recall against the
-    known visual and temporal words. Returns {signal: {"visual": (precision, recall), .., "filler": share, ..}}."""
+    """What each signal's top tokens are: {look: {"share": {class: ..}, "recall": {"visual": .., "temporal": ..}, "place": ..}}.
+
+    share: of the chosen tokens, those of this class (for a signal's own class, its precision). recall: of the known words of
+    this class, those that were chosen. place: where in the completion they stand on average, 0 first, 1 last.
+    """
     model, processor = load(model_name)
     records = [r for r in read_records(world / "test.json")[0] if r["data_type"] == "video"][:questions]
-    prompts = [Prompts(records, world, processor)[i] for i in range(len(records))]
-    groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
-    counts = {name: Counter() for name in ("visual", "temporal", "entropy", "random", "all")}
-    for part in batches([len(p.ids) + sum(g.lengths) for p, g in zip(prompts, groups)], 8192):
-        def moved(numbers, changed):
-            stats = score_groups(model, changed, [groups[part][i] for i in numbers])
-            return [shift(rollouts[i].logp, logp, kind) for i, (logp, _) in zip(numbers, stats)]
+    data = Prompts(records, world, processor)
+    prompts = [data[i] for i in range(len(data))]
+    chosen, kinds, places = {look: [] for look in LOOKS}, [], []
+    for i, (prompt, group) in enumerate(zip(prompts, sample(model, prompts, G, 64, seeds=range(len(prompts))))):
         with torch.no_grad():
-            rollouts = [Rollout(p, g.ids, g.valid, *stats, torch.Generator().manual_seed(i)) for i, (p, g, stats) in
-                        enumerate(zip(prompts[part], groups[part], score_groups(model, prompts[part], groups[part])), part.start)]
-            signals = attribute(rollouts, list(counts), moved)
-        for r, scores in zip(rollouts, signals):
-            words = [[processor.tokenizer.decode([i]) for i in row[:n]] for row, n in zip(r.ids.tolist(), r.valid.sum(-1).tolist())]
-            kinds = [token_class(row, t) for row in words for t in range(len(row))]
-            for name, score in scores.items():
-                kept = top_tokens(score, r.valid, 1.0 if name == "all" else ratio)[r.valid].tolist()
-                counts[name].update(kind for kind, chosen in zip(kinds, kept) if chosen)
-    everything = counts["all"]
-    print(f"{'signal':9} of its top {ratio:.0%}: visual  temporal   answer   filler | visual words found  temporal words found")
+            ((logp, entropy),) = score_groups(model, [prompt], [group])
+            for look, (kind, changes) in LOOKS.items():
+                def moved(_, changed):
+                    return [shift(logp, score_groups(model, changed, [group])[0][0], kind)]
+                signal = look.split(",")[0]
+                r = Rollout(prompt, group.ids, group.valid, logp, entropy, torch.Generator().manual_seed(i), **changes)
+                scores = attribute([r], [signal], moved)[0][signal]
+                chosen[look].append(top_tokens(scores, group.valid, 1.0 if signal == "all" else ratio)[group.valid])
+        for row, n in zip(group.ids.tolist(), group.lengths):
+            words = [processor.tokenizer.decode([i]) for i in row[:n]]
+            kinds += [CLASSES.index(token_class(words, t)) for t in range(n)]
+            places += [t / max(1, n - 1) for t in range(n)]
+    kinds, places = torch.tensor(kinds), torch.tensor(places)
+    masks = {look: torch.cat(parts).cpu() for look, parts in chosen.items()}
+    print(f"{f'top {ratio:.0%} by':20} what they are: " + "".join(f"{name:>10}" for name in CLASSES)
+          + "    words found: visual  temporal    place")
     table = {}
-    for name, count in counts.items():
-        share = {kind: count[kind] / max(1, count.total()) for kind in ("visual", "temporal", "answer", "filler")}
-        recall = {kind: count[kind] / max(1, everything[kind]) for kind in ("visual", "temporal")}
-        table[name] = {"share": share, "recall": recall}
-        print(f"{name:9} {'':15}" + "".join(f"{100 * share[kind]:8.1f}%" for kind in share)
-              + f" | {100 * recall['visual']:17.1f}% {100 * recall['temporal']:20.1f}%")
-    print("(all: the share of each kind of word among all tokens, which is what chance picks)")
+    for look, mask in masks.items():
+        share = {name: (kinds[mask] == i).float().mean().item() for i, name in enumerate(CLASSES)}
+        recall = {name: mask[kinds == CLASSES.index(name)].float().mean().item() for name in ("visual", "temporal")}
+        table[look] = {"share": share, "recall": recall, "place": places[mask].mean().item()}
+        print(f"{look:20} {'':15}" + "".join(f"{100 * x:9.1f}%" for x in share.values())
+              + f"  {'':12}{100 * recall['visual']:7.1f}% {100 * recall['temporal']:8.1f}%   {table[look]['place']:.2f}")
+    times = sum(masks[name].int() for name in ("visual", "temporal", "entropy"))
+    union = (times > 0).float().mean().item()
+    table["overlap"] = {"union": union, **{str(n): ((times == n).sum() / (times > 0).sum()).item() for n in (1, 2, 3)}}
+    print(f"visual, temporal and entropy together choose {union:.1%} of the tokens; of these one signal alone chose "
+          f"{table['overlap']['1']:.0%}, two {table['overlap']['2']:.0%}, all three {table['overlap']['3']:.0%}")
     return table
 
 

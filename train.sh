@@ -23,6 +23,7 @@ toy() {
         --save_every 50 --workers 1 "$@"
     "$PY" $evaluate --model "$out/final" --out "$out/after"
     "$PY" toy.py table "$out"
+    "$PY" report.py "$out"
 }
 
 recipe() {
@@ -53,9 +54,11 @@ recipe() {
     fi
     # a checkpoint of the 7B can take longer to write than the 30 s that torchrun leaves after SIGTERM (torch 2.13 lets us say)
     [[ "$("${run[@]}" --help)" != *--shutdown-timeout* ]] || run+=(--shutdown-timeout 900)
-    [ -n "$dry" ] || exec "${run[@]}" ktr.py "$@"
-    "${run[@]}" ktr.py "$@"
-    [ "${NODE_RANK:-0}" != 0 ] || "$PY" dryrun.py table "$OUT"
+    trap 'kill -TERM "$child"' TERM INT             # torchrun hands it on; every rank saves and leaves
+    "${run[@]}" ktr.py "$@" & child=$!
+    wait "$child" || wait "$child"                  # a signal ends the first wait
+    [ "${NODE_RANK:-0}" = 0 ] || return 0
+    if [ -n "$dry" ]; then "$PY" dryrun.py table "$OUT"; else "$PY" report.py "${OUT:-runs/7b}"; fi
 }
 
 case "${1:-toy}" in

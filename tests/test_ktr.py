@@ -139,6 +139,15 @@ def test_unselected_tokens_leave_no_gradient(checkpoint_folder, world, tmp_path,
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_prompt_that_no_signal_applies_to(checkpoint_folder, world, tmp_path):
+    """A still image has no order: with the temporal signal alone it has no key token, and the run goes on."""
+    images = [r for r in json.loads((world / "train.json").read_text()) if r["data_type"] == "image"]
+    (tmp_path / "images.json").write_text(json.dumps(images))
+    ktr.main(parse([*arguments(checkpoint_folder, world, tmp_path, "--signals", "temporal", "--max_steps", 2),
+                    "--data", str(tmp_path / "images.json"), "--videos", str(world)]))
+    assert [(row["key_share"], row["overlap"], row["grad_norm"]) for row in log_of(tmp_path)] == [(0, 0, 0)] * 2
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_presets_run(checkpoint_folder, world, tmp_path, preset):
     ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, "--max_steps", 2, "--preset", preset, "--prompts_per_step", 2)))
