@@ -29,10 +29,12 @@ from rewards import PROBLEM_TYPES, extract_answer
 # ------------------------------------------------------------------------------------------- records
 def read_json(path: str | Path) -> list:
     """The rows of a JSON list or of a JSON-lines file; ValueError names the file and the line."""
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     rows = []
@@ -73,6 +75,10 @@ def check_record(row: object, index: int) -> dict:
     return record
 
 
+def path_of(row: object) -> object:
+    return row.get("path") if isinstance(row, dict) else None
+
+
 def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple[list[dict], list[str]]:
     """The usable records of a file, and one line for each that is not.
 
@@ -84,8 +90,9 @@ def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple
         raise ValueError(f"{path}: holds no records")
     skip = set()
     for bad in read_json(leave_out) if leave_out else []:
-        if bad["row"] >= len(rows) or not isinstance(rows[bad["row"]], dict) \
-                or rows[bad["row"]].get("path") != bad["path"]:
+        if not isinstance(bad, dict) or not isinstance(bad.get("row"), int) or "path" not in bad:
+            raise ValueError(f"{leave_out}: not a list written by `python data.py check`")
+        if bad["row"] >= len(rows) or path_of(rows[bad["row"]]) != bad["path"]:
             raise ValueError(f"{leave_out}: row {bad['row']} is not that of {path}; was the list made for another file?")
         skip.add(bad["row"])
     records, malformed = [], []
@@ -214,8 +221,7 @@ def check(data: str, videos: str, out: str | None, workers: int, limits: Limits 
         try:
             records.append(check_record(row, index))
         except BadRecord as error:
-            path = row.get("path") if isinstance(row, dict) else None
-            bad.append({"row": index, "path": path, "reason": str(error)})
+            bad.append({"row": index, "path": path_of(row), "reason": str(error)})
     with ProcessPoolExecutor(workers) as pool:
         found = pool.map(partial(media_problem, root=videos, limits=limits), records, chunksize=8)
         for record, reason in zip(records, tqdm(found, total=len(records), unit="clip")):

@@ -83,9 +83,13 @@ def ordered_bonus(o: Options, model: nn.Module, batch: list[dict], processor: Pr
 
 
 def clip_before(data: Prompts, order: list[int], index: int) -> Tensor:
-    """Frames (n, 3, H, W) of the last usable record before this one in the run's order, for masking by replacement."""
-    items = (data[order[index - back]] for back in range(1, len(order)))
-    return next(item.frames for item in items if isinstance(item, Prompt))
+    """Frames (n, 3, H, W) of the last usable clip before this one in the run's order, for masking by replacement."""
+    own = data.records[order[index]]["path"]
+    others = (order[index - back] for back in range(1, len(order)) if data.records[order[index - back]]["path"] != own)
+    frames = next((item.frames for item in map(data.__getitem__, others) if isinstance(item, Prompt)), None)
+    if frames is None:
+        raise ValueError(f"--masking replace: there is no usable clip but {own}")
+    return frames
 
 
 def look(o: Options, model: nn.Module, batch: list[dict], prompts: list[Prompt], stats: list[tuple[Tensor, Tensor]]) -> None:

@@ -1,5 +1,6 @@
 """The options of a run: every choice with its default and reason, the presets, and what must be there before it starts."""
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,9 +135,13 @@ def preflight(o: Options) -> list[dict]:
         fail(f"--out {o.out} holds checkpoints already; choose another folder or --resume auto")
     try:
         records, malformed = read_records(o.data, o.leave_out or None)
-        processor = load_processor(o.model)
     except (ValueError, OSError) as error:
-        fail(str(error).strip().splitlines()[0])
+        fail(error)
+    try:
+        processor = load_processor(o.model)
+        weights_there(o.model)
+    except (ValueError, OSError, AttributeError, KeyError) as error:        # another architecture lacks what is asked for
+        fail(f"--model {o.model}: no complete Qwen2.5-VL checkpoint: {str(error).strip().splitlines()[0]}")
     if len(malformed) > UNUSABLE * (len(records) + len(malformed)):
         fail(f"{len(malformed)} of {len(records) + len(malformed)} records of {o.data} are malformed, the first: {malformed[0]}")
     if not records:
@@ -149,6 +154,16 @@ def preflight(o: Options) -> list[dict]:
         for line in malformed:
             print(f"left out: {line}")
     return records
+
+
+def weights_there(model: str) -> None:
+    """OSError if a checkpoint's folder lacks a file of its weights; hub names and random:7b pass."""
+    folder = Path(model)
+    index = folder / "model.safetensors.index.json"
+    needed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if folder.is_dir() and missing:
+        raise OSError(f"{missing[0]} is missing")
 
 
 def limits_of(o: Options) -> Limits:

@@ -62,10 +62,9 @@ T_80 = (1.38, 1.06, 0.98, 0.94, 0.92, 0.91, 0.90, 0.89, 0.88, 0.88, 0.88, 0.87, 
 
 # --------------------------------------------------------------------------------------------- runs
 def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, device: str) -> None:
-    """One run and its test score, each left alone if it is there already. RuntimeError holds what a failure printed."""
+    """One run and its test score, left alone if they are there already. RuntimeError holds what a failure printed, or says
+    that the folder holds a run under other options (a rule whose code has changed cannot be told: remove its folder)."""
     out = Path(a.out) / name.replace("/", "per-") / f"seed-{seed}"
-    if (out / "after" / "scores.json").exists():
-        return
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device, "HF_HUB_OFFLINE": "1"}
     train = ["ktr.py", "--model", a.model, "--data", f"{a.world}/train.json", "--out", str(out), "--dtype", "float32",
              "--no_checkpointing", "--max_new_tokens", "64", "--prompts_per_step", "4", "--max_steps", str(a.steps), "--lr", "1e-4",
@@ -73,6 +72,13 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, de
              "--sample_every", "1000000", *shlex.split(options)]
     test = ["evaluate.py", "--model", str(out / "final"), "--data", f"{a.world}/test.json", "--videos", a.world, "--benchmark", "toy",
             "--out", str(out / "after"), "--max_new_tokens", "64", "--batch", "100", "--dtype", "float32", "--workers", "0"]
+    made_by = out / "study.json"
+    if made_by.exists() and json.loads(made_by.read_text()) != [train, test]:
+        raise RuntimeError(f"{out} holds a run under other options; remove it or choose another --out")
+    if (out / "after" / "scores.json").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    made_by.write_text(json.dumps([train, test]))
     for command in (train, test):
         done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -101,7 +107,7 @@ def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95% interval (Student's t)."""
     n = len(values)
-    return statistics.mean(values), T_95[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else float("nan")
+    return statistics.mean(values), T_95[min(n, len(T_95) + 1) - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else float("nan")
 
 
 def outcome(run: Path) -> dict[str, float]:
@@ -135,8 +141,9 @@ def print_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
         table[name] = row
     if noise:
         n = a.seeds
+        df = min(n, len(T_95) + 1) - 2
         print(f"+-: 95% intervals over {n} seeds. The study would find a paired difference of "
-              f"{(T_95[n - 2] + T_80[n - 2]) * statistics.median(noise) / math.sqrt(n):.1f} points (80% power, 5% level).")
+              f"{(T_95[df] + T_80[df]) * statistics.median(noise) / math.sqrt(n):.1f} points (80% power, 5% level).")
     print("learning: mean training accuracy over all steps, the area under the curve")
     return table
 
@@ -201,6 +208,8 @@ def gradient_analysis(model_name: str, a: argparse.Namespace, questions: int = 6
                 g = gradient(mask)
                 norms[rule][name].append(g.norm().item())
                 norms[rule][f"cosine {name}"].append(torch.cosine_similarity(g, whole, dim=0).item())
+    if not losses["GRPO"]:
+        raise SystemExit(f"error: {model_name}: in all {len(groups)} groups the completions earn alike; there is no gradient to look at")
     table = {rule: {name: statistics.mean(values) for name, values in found.items()} for rule, found in norms.items()}
     variance = {rule: statistics.variance(values) for rule, values in losses.items()}
     print(f"last layer's gradient, mean over {len(norms['Video-KTR']['key'])} groups with unequal rewards")
@@ -230,6 +239,8 @@ def main() -> None:
         parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
     if not Path(a.world, "test.json").exists():
         subprocess.run([sys.executable, "toy.py", "make", a.world], check=True)
+    if any("=" not in item for item in a.add):
+        parser.error("--add takes NAME=OPTIONS")
     variants = {name: VARIANTS[name] for name in a.only or VARIANTS} | dict(item.split("=", 1) for item in a.add)
     run_all(variants, a)
     table = print_table(variants, a)

@@ -63,6 +63,22 @@ def test_broken_json_names_file_and_line(tmp_path, text, says):
         read_json(write(tmp_path / "bad.json", text))
 
 
+def test_lines_end_at_newlines_only(tmp_path):
+    """str.splitlines also cuts at U+2028 and the like, which JSON leaves as they are inside a text."""
+    rows = [{"problem": "one\u2028two\u0085three"}, {"problem": "four"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_json(tmp_path / "a.jsonl") == rows
+
+
+def test_rows_that_are_no_objects_can_be_left_out(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([7, {"problem": "no path"}]))
+    (tmp_path / "bad.json").write_text(json.dumps([{"row": 0, "path": None}, {"row": 1, "path": None}]))
+    assert read_records(tmp_path / "a.json", tmp_path / "bad.json") == ([], [])
+    (tmp_path / "bad.json").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="not a list written by"):
+        read_records(tmp_path / "a.json", tmp_path / "bad.json")
+
+
 def test_read_records_reports_what_it_leaves_out(tmp_path):
     path = write(tmp_path / "a.json", json.dumps([GOOD, {**GOOD, "problem_type": "essay"}, "x", GOOD]))
     records, malformed = read_records(path)

@@ -139,9 +139,15 @@ def test_the_bonus_is_part_of_the_reward():
 
 
 # -------------------------------------------------------------------------------------- another clip
+class Clips(list):
+    records = [{"path": "./a"}, {"path": "./b"}, {"path": "./c"}, {"path": "./a"}]
+
+
 def test_the_other_clip_is_the_last_usable_one_before(prompts):
-    data = [prompts[0], Skipped({}, "gone"), prompts[2], prompts[3]]
-    order = [3, 2, 1, 0, 2]
+    data, order = Clips([prompts[0], Skipped({}, "gone"), prompts[2], prompts[3]]), [3, 2, 1, 0, 2]
     assert ktr.clip_before(data, order, 4) is prompts[0].frames
     assert ktr.clip_before(data, order, 3) is prompts[2].frames             # what cannot be read is passed over
     assert ktr.clip_before(data, order, 0) is prompts[2].frames             # before the first comes the last
+    assert ktr.clip_before(data, [2, 0, 3], 2) is prompts[2].frames         # the same clip in another row is no other clip
+    with pytest.raises(ValueError, match="no usable clip but ./a"):
+        ktr.clip_before(data, [0, 3, 1], 0)
