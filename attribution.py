@@ -150,7 +150,7 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
     candidates = scores.flatten()[where]
     if candidates.isnan().any():
         raise ValueError("a valid token has the score NaN")
-    k = math.ceil(ratio * len(where) - 1e-9)                                        # 0.7 * 10 is 7.000000000000001
+    k = math.ceil(ratio * len(where) - 1e-9)                                        # 0.07 * 100 is 7.000000000000001
     order = torch.sort(candidates, descending=True, stable=True).indices[:k]
     kept = torch.zeros_like(candidates, dtype=torch.bool)
     kept[order] = True

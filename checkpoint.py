@@ -69,7 +69,7 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
         part.rename(final)
         complete = sorted(p for p in out.glob("checkpoint-*") if p.suffix != ".part")
         for old in complete[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)      # somebody may be reading it
     agree(True, model.device)                           # nobody goes on before the checkpoint is in place
 
 

@@ -60,7 +60,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     tokens = length.sum().clamp(min=1)
     metrics = {
         "kl": kl.detach().sum() / tokens,
-        "clipped": ((clipped < gain) & (weight > 0)).sum() / tokens,
+        "clipped": ((clipped < gain) & (weight > 0)).sum() / (weight > 0).sum().clamp(min=1),
         "key_share": weight.detach().sum() / tokens,
     }
     return -rows.mean(), metrics

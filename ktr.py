@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,12 @@ def ordered_bonus(o: Options, model: nn.Module, batch: list[dict], processor: Pr
     return none
 
 
+def seed_of(o: Options, index: int) -> int:
+    """The even seed of the run's prompt number `index`, for sampling; the next one is for its signals. Below 2**32, since
+    torch's CPU generator heeds no more of a seed."""
+    return 2 * Random(f"{o.seed} {index}").getrandbits(31)
+
+
 def clip_before(data: Prompts, order: list[int], index: int) -> Tensor:
     """Frames (n, 3, H, W) of the last usable clip before this one in the run's order, for masking by replacement."""
     own = data.records[order[index]]["path"]
@@ -109,6 +116,7 @@ def look(o: Options, model: nn.Module, batch: list[dict], prompts: list[Prompt],
             return unflatten(distribution_shift(before, after, model.lm_head.weight, o.distance), some)
 
     for item, r, scores in zip(batch, rollouts, attribute(rollouts, o.signals, moved)):
+        scores = {name: s.nan_to_num(nan=0.0) for name, s in scores.items()}        # all ranks skip a broken step together, later
         item.update(rollout=r, signals=scores, key_mask=select(scores, r.valid, o.ratios, o.pool, o.ties)
                     if o.weighting == "binary" else soften(scores, r.valid, o.weighting))           # (G, T)
 
@@ -153,7 +161,7 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, batch: lis
 
 def watch(o: Options, model: nn.Module, prompt: Prompt, processor: Processor) -> dict:
     """Completions of one prompt that is looked at through the whole run, with signals and rewards; nothing is learnt."""
-    item = {"prompt": prompt, "seed": o.seed << 32, "other": prompt.frames, "ordered": 0.0}
+    item = {"prompt": prompt, "seed": seed_of(o, -1), "other": prompt.frames, "ordered": 0.0}
     (item["group"],) = sample(model, [prompt], o.G, o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, seeds=[item["seed"]])
     item["accuracy"], item["format"] = judge(item["group"], prompt.record, processor)
     with evaluating(model):
@@ -227,7 +235,7 @@ def main(o: Options) -> None:
             if isinstance(item, Skipped):
                 log.skip(item, step)
             else:
-                batch.append({"prompt": item, "seed": (o.seed << 32) + 2 * index,
+                batch.append({"prompt": item, "seed": seed_of(o, index),
                               "other": clip_before(data, order, index) if o.masking == "replace" else None})
         clock("data")
         try:

@@ -47,7 +47,6 @@ VARIANTS = {
     "KTR 10%": "--ratio 0.1",
     "KTR 50%": "--ratio 0.5",
     "KTR linear weights": "--weighting linear",
-    "KTR sigmoid weights": "--weighting sigmoid",
     "KTR JS distance": "--distance js",
     "KTR reversed frames": "--order reverse",
     "KTR half masked": "--masking half",

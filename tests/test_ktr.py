@@ -85,6 +85,15 @@ def test_misspelt_options_fail(bad, capsys):
     assert stop.value.code == 2 and "error" in capsys.readouterr().err
 
 
+def test_every_run_has_its_own_chance():
+    """torch's CPU generator heeds 32 bits of a seed: run seeds must not hide above them."""
+    a, b = (parse(["--model", "m", "--data", "d", "--seed", str(seed)]) for seed in (0, 4))
+    seeds = {ktr.seed_of(o, index) + more for o in (a, b) for index in range(-1, 200) for more in (0, 1)}
+    assert len(seeds) == 2 * 2 * 201 and all(0 <= seed < 2 ** 32 for seed in seeds)
+    first = [torch.rand(4, generator=torch.Generator().manual_seed(ktr.seed_of(o, 7))) for o in (a, b)]
+    assert not torch.equal(*first)
+
+
 def test_learning_rate_warms_up_and_falls():
     o = parse(["--model", "m", "--data", "d", "--lr", "1.0", "--warmup_steps", "4"])
     rates = [ktr.learning_rate(o, step, 20) for step in range(20)]
