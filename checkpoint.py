@@ -65,6 +65,10 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
         raise OSError(f"checkpoint {final} could not be written ({failure or 'another rank failed'}); free some space "
                       f"and start again with --resume auto, which continues from {last or 'the beginning'}") from failure
     if rank == 0:
+        for path in part.rglob("*"):                    # on the disk, should the machine go down after the rename
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         complete = sorted(p for p in out.glob("checkpoint-*") if p.suffix != ".part")
@@ -94,10 +98,11 @@ def model_card(options: dict, step: int, steps: int) -> str:
 
 
 class Preemption:
-    """SIGTERM asks for a checkpoint at the next step boundary; a process stuck in a collective leaves by itself."""
+    """SIGTERM asks for a checkpoint at the next step boundary; a process stuck in a collective leaves by itself, unless it
+    is `saving`, which may take long."""
 
     def __init__(self, grace: float = 45.0):
-        self.asked, self.heard = False, threading.Event()
+        self.asked, self.saving, self.heard = False, False, threading.Event()
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)             # written even while the main thread waits inside a collective
@@ -110,6 +115,7 @@ class Preemption:
     def _watch(self, pipe: int, grace: float):
         while os.read(pipe, 1) != bytes([signal.SIGTERM]):
             pass
-        if not self.heard.wait(grace):
-            os.write(2, b"SIGTERM: no step ended in time, leaving without a checkpoint\n")
-            os._exit(1)
+        while not self.heard.wait(grace):
+            if not self.saving:
+                os.write(2, b"SIGTERM: no step ended in time, leaving without a checkpoint\n")
+                os._exit(1)

@@ -217,5 +217,7 @@ def decoder_for(model: nn.Module, N: int, G: int, room: int, T: int, temperature
         if d is not None:
             N, room, T = max(N, d.N), max(room, d.room), max(T, d.T)
             del held[G, temperature, top_p], d
+            for layer in model.model.language_model.layers:
+                layer.self_attn.kv = None               # or the old cache would stay beside the new one
         held[G, temperature, top_p] = Decoder(model, N, G, room, T, temperature, top_p)
     return held[G, temperature, top_p]

@@ -18,6 +18,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def from_holmes(row: dict) -> dict:
     return {**row, "problem_id": f"{row['video ID']}/{row['Question ID']}", "problem": row["Question"], "data_type": "video",
             "problem_type": "multiple choice", "options": [f"{letter}. {text}" for letter, text in options.items()],
             "solution": f"<answer>{row['Answer']}</answer>", "path": f"{row['video ID']}.mp4",
-            "prompt": HOLMES.format(question=row["Question"], options=listed)}
+            "whole_prompt": HOLMES.format(question=row["Question"], options=listed)}
 
 
 def read_questions(path: str) -> list[dict]:
@@ -272,7 +273,7 @@ def main(a: argparse.Namespace) -> dict | None:
     settings = {"model": a.model, "weights": fingerprint(a.model), "data": hashlib.sha256(Path(a.data).read_bytes()).hexdigest()[:16],
                 "limits": asdict(limits), "max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_p": a.top_p,
                 "dtype": a.dtype, "question": hashlib.sha256((QUESTION_EVAL + HOLMES).encode()).hexdigest()[:16]}
-    rank, world, device = distributed()
+    rank, world, device = distributed(timedelta(hours=24))      # ranks with longer clips are waited for
     path = Path(a.out) / "predictions.jsonl"
     done = start_or_continue(path, settings, rank == 0)
     if len(done) < len(records):

@@ -35,7 +35,7 @@ from counterfactual import distribution_shift, shift, shuffled
 from data import Prompts, Skipped, loader
 from grpo import group_advantages, grpo_loss
 from logs import Clock, Ledger, Log, add_up, measured, names_of, sample_of
-from options import UNUSABLE, Options, limits_of, parse, preflight
+from options import MAY_CHANGE, UNUSABLE, Options, limits_of, parse, preflight
 from policy import Group, batches, evaluating, hidden_states, load, predicting_states, sample, score_groups, unflatten
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
@@ -69,18 +69,18 @@ def judge(group: Group, record: dict, processor: Processor) -> tuple[Tensor, Ten
 def ordered_bonus(o: Options, model: nn.Module, batch: list[dict], processor: Processor) -> list[Tensor]:
     """T-GRPO (Video-R1): half as many completions see the frames shuffled; where the ordered clip's group is right at least
     as often (times a factor), its correct completions earn a bonus (G,)."""
-    none = [torch.zeros(o.G) for _ in batch]
+    bonus = [torch.zeros(o.G) for _ in batch]
     clips = [i for i, item in enumerate(batch) if item["prompt"].kind == "video" and len(item["prompt"].frames) > 1]
     if not o.ordered_bonus or not clips:
-        return none
+        return bonus
     seeds = [batch[i]["seed"] + 1 for i in clips]
     prompts = [batch[i]["prompt"].reordered(shuffled(len(batch[i]["prompt"].frames), torch.Generator().manual_seed(seed)))
                for i, seed in zip(clips, seeds)]
     for i, group in zip(clips, sample(model, prompts, o.G // 2, o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, seeds=seeds)):
         shuffled_accuracy, accuracy = judge(group, batch[i]["prompt"].record, processor)[0], batch[i]["accuracy"]
         if accuracy.mean() >= o.ordered_factor * shuffled_accuracy.mean():
-            none[i] = o.ordered_bonus * (accuracy > 0.1).float()
-    return none
+            bonus[i] = o.ordered_bonus * (accuracy > 0.1).float()
+    return bonus
 
 
 def seed_of(o: Options, index: int) -> int:
@@ -159,9 +159,9 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, batch: lis
     clock("backward")
 
 
-def watch(o: Options, model: nn.Module, prompt: Prompt, processor: Processor) -> dict:
+def watch(o: Options, model: nn.Module, prompt: Prompt, other: Tensor | None, processor: Processor) -> dict:
     """Completions of one prompt that is looked at through the whole run, with signals and rewards; nothing is learnt."""
-    item = {"prompt": prompt, "seed": seed_of(o, -1), "other": prompt.frames, "ordered": 0.0}
+    item = {"prompt": prompt, "seed": seed_of(o, -1), "other": other, "ordered": 0.0}
     (item["group"],) = sample(model, [prompt], o.G, o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, seeds=[item["seed"]])
     item["accuracy"], item["format"] = judge(item["group"], prompt.record, processor)
     with evaluating(model):
@@ -203,6 +203,8 @@ def main(o: Options) -> None:
         scorer = DistributedDataParallel(               # not match what checkpointing recomputes outside its forward
             scorer, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
             broadcast_buffers=False)
+        scorer([], []).backward()                       # from now on gradients live in DDP's buckets: accumulated, they would
+        optimizer.zero_grad()                           # otherwise be held twice
     memory("gradients")
 
     A, B = o.prompts_per_step, o.prompts_per_step * world                           # prompts per rank; of all ranks
@@ -210,12 +212,15 @@ def main(o: Options) -> None:
     if per_epoch == 0:
         raise SystemExit(f"error: {len(records)} records are too few for one step of {B} prompts")
     steps = o.max_steps or o.epochs * per_epoch
-    state = {"step": 0, "seen": 0, "skipped": 0, "not_finite": 0, "prompts_per_step": B}
+    state = {"step": 0, "seen": 0, "skipped": 0, "not_finite": 0, "prompts_per_step": B, "records": len(records),
+             "options": {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}}
     if resumed:
-        state = checkpoint.load_state(resumed, optimizer)
-        if state["prompts_per_step"] != B:
-            raise SystemExit(f"error: {resumed} has seen {state['prompts_per_step']} prompts a step, not {B}; to continue "
-                             f"exactly, start as it was started")
+        fresh, state = state, checkpoint.load_state(resumed, optimizer)
+        told = [{**s["options"], "prompts a step": s["prompts_per_step"], "records": s["records"]} for s in (state, fresh)]
+        changed = [f"{name}: {told[0].get(name)!r} there, {value!r} now" for name, value in told[1].items() if told[0].get(name) != value]
+        if changed:
+            raise SystemExit(f"error: {resumed} was made otherwise ({'; '.join(changed)}); to continue exactly, start as it was "
+                             f"started, or begin a new run from its weights: --model {resumed} --out ANOTHER")
     order = []
     for epoch in range(-(-steps // per_epoch)):
         permuted = torch.randperm(len(records), generator=torch.Generator().manual_seed(o.seed + epoch))
@@ -226,19 +231,21 @@ def main(o: Options) -> None:
     stream = iter(loader(data, mine, o.workers))
     log = Log(o, out, rank, first)
     watched = data[order[0]] if rank == 0 else None                                 # the run's first prompt
+    watched_other = clip_before(data, order, 0) if rank == 0 and o.masking == "replace" else None
 
     for step in tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=rank > 0, dynamic_ncols=True):
         clock, lr = Clock(device), learning_rate(o, step, steps)
-        batch = []
-        for index in range(step * B + rank * A, step * B + (rank + 1) * A):         # the prompt's number in the whole run
-            item = next(stream)
-            if isinstance(item, Skipped):
-                log.skip(item, step)
-            else:
-                batch.append({"prompt": item, "seed": seed_of(o, index),
-                              "other": clip_before(data, order, index) if o.masking == "replace" else None})
-        clock("data")
+        batch, numbers = [], range(step * B + rank * A, step * B + (rank + 1) * A)  # the prompts' numbers in the whole run
         try:
+            for index in numbers:
+                item = next(stream)
+                if isinstance(item, Skipped):
+                    log.skip(item, step)
+                else:
+                    batch.append({"prompt": item, "seed": seed_of(o, index),
+                                  "other": clip_before(data, order, index) if o.masking == "replace" else None})
+            clock("data")
+
             if batch:
                 groups = sample(model, [item["prompt"] for item in batch], o.G, o.max_new_tokens, temperature=o.temperature,
                                 top_p=o.top_p, seeds=[item["seed"] for item in batch])
@@ -257,7 +264,7 @@ def main(o: Options) -> None:
                 with nullcontext() if last or world == 1 else scorer.no_sync():     # DDP averages in the last backward
                     learn(o, scorer, reference, batch[part], 1 / A, clock)
         except Exception as error:
-            names = ", ".join(str(item["prompt"].record["problem_id"]) for item in batch)
+            names = ", ".join(str(records[order[index]]["problem_id"]) for index in numbers)
             error.add_note(f"on rank {rank} in step {step}, with the records {names}")
             raise
 
@@ -281,11 +288,11 @@ def main(o: Options) -> None:
             memory.settle()
         elif step == first + 1:
             log.memory(memory.close())
-        if leaving.asked:
+        if leaving.asked or totals["leaving"]:
             leaving.heard.set()
         log.step(step + 1, steps, totals, {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}, clock)
         if rank == 0 and (step + 1) % (o.sample_every or max(1, steps // 100)) == 0:
-            for item in batch[:1] + ([{**watch(o, model, watched, processor), "watched": True}] if isinstance(watched, Prompt) else []):
+            for item in batch[:1] + ([{**watch(o, model, watched, watched_other, processor), "watched": True}] if isinstance(watched, Prompt) else []):
                 log.sample(sample_of(o, item, step + 1, processor))
         if state["not_finite"] >= PATIENCE:
             raise SystemExit(f"error: the gradient was not finite in {PATIENCE} steps in a row; lower --lr, or look at "
@@ -294,7 +301,12 @@ def main(o: Options) -> None:
             raise SystemExit(f"error: {state['skipped']} of {state['seen']} records could not be used, named in {out}/skipped.*.jsonl; "
                              f"`python data.py check {o.data} --videos {o.videos}` lists them all for --leave_out")
         if o.save_every and ((step + 1) % o.save_every == 0 or step + 1 == steps or totals["leaving"]):
+            leaving.saving = True
             checkpoint.save(out, model, processor, optimizer, state, asdict(o), steps, o.keep)
+            leaving.saving = False
+            clock("save")
+            if rank == 0:
+                tqdm.write(f"saved {checkpoint.newest(out)} in {clock.seconds['save']:.1f} s")
         if totals["leaving"] and step + 1 < steps:
             if rank == 0:
                 print(f"SIGTERM: saved {checkpoint.newest(out)} after step {step + 1} of {steps}; start again with --resume auto "

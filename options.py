@@ -16,6 +16,8 @@ from policy import load_processor
 from prompt import Prompt
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
+MAY_CHANGE = ("videos", "out", "max_steps", "epochs", "workers", "save_every", "keep", "sample_every", "resume", "report_to", "check",
+              "data", "leave_out")    # when a run is continued; the number of records stands for the data
 
 PRESETS = {
     "paper": dict(shift="abs", masking="hide", positions="unchanged", pool="group", ties="exact", normalize="length",
@@ -89,7 +91,7 @@ class Options:
     # running
     dtype: str = one_of("bfloat16", "float32", help="of the weights that compute; the optimizer's are fp32")
     checkpointing: bool = option(True, "recompute activations in the backward pass")
-    save_every: int = option(100, "steps between checkpoints; 0: none at all, for dry runs")
+    save_every: int = option(250, "steps between checkpoints, 116 GB each for the 7B; 0: none at all, for dry runs")
     keep: int = option(2, "checkpoints kept")
     sample_every: int = option(0, "steps between samples written down; 0: a hundred samples a run")
     resume: str = option("auto", "auto: continue from the newest checkpoint in --out; never: refuse a used --out")
@@ -131,8 +133,8 @@ def preflight(o: Options) -> list[dict]:
         fail(f"--data {o.data}: no such file")
     if not Path(o.videos).is_dir():
         fail(f"--videos {o.videos}: no such folder")
-    if o.resume == "never" and checkpoint.newest(Path(o.out)):
-        fail(f"--out {o.out} holds checkpoints already; choose another folder or --resume auto")
+    if o.resume == "never" and (Path(o.out) / "log.jsonl").exists():
+        fail(f"--out {o.out} holds a run already; choose another folder or --resume auto")
     try:
         records, malformed = read_records(o.data, o.leave_out or None)
     except (ValueError, OSError) as error:

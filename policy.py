@@ -106,29 +106,31 @@ def multiply_together(*linears: nn.Linear) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- score
-def vision_features(model: nn.Module, prompts: Sequence[Prompt]) -> Tensor | None:
-    """The features (sum V, D) that fill the prompts' video and image tokens, in order; None if there are none."""
+def vision_features(model: nn.Module, prompts: Sequence[Prompt], known: dict[int, Tensor]) -> Tensor | None:
+    """The features (sum V, D) that fill the prompts' video and image tokens, in order; None if there are none. Those of each
+    clip are kept in `known`, by its frames' id: questions about one clip share them."""
     device, dtype = model.device, model.dtype
-    clips = {id(p.frames): p for p in prompts if p.frames is not None and not p.blank}      # questions about one clip share
+    clips = {id(p.frames): p for p in prompts if p.frames is not None and not p.blank and id(p.frames) not in known}
     if clips:
         pixels = [patches(p.frames.to(device, non_blocking=True), p.vision) for p in clips.values()]
         grids = torch.tensor([p.grid for p in clips.values()])
         merged = model.model.visual(torch.cat(pixels).to(dtype), grid_thw=grids.to(device)).pooler_output
         sizes = (grids.prod(-1) // model.config.vision_config.spatial_merge_size ** 2).tolist()
-        clips = dict(zip(clips, merged.split(sizes)))
+        known.update(zip(clips, merged.split(sizes)))
     out = []
     for p in prompts:
         if p.blank:
             out.append(torch.zeros(int(p.visual.sum()), model.config.text_config.hidden_size, device=device, dtype=dtype))
         elif p.frames is not None:
-            features = clips[id(p.frames)]
+            features = known[id(p.frames)]
             out.append(features if p.kept is None else features[p.kept.to(device)])
     return torch.cat(out) if out else None
 
 
-def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | None], keep: int | None = None) -> Tensor:
+def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | None], keep: int | None = None,
+        known: dict[int, Tensor] | None = None) -> Tensor:
     """Last hidden states (L, D) of one packed row of all prompts, each followed by its completions, if any.
-    keep: the prompts' keys and values go to the layers' `kv`, from this row on."""
+    keep: the prompts' keys and values go to the layers' `kv`, from this row on.  known: see `vision_features`."""
     device = model.device
     ids, positions, visual, owned = [], [], [], []
     for p, group in zip(prompts, groups):
@@ -139,7 +141,7 @@ def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | No
         visual += [p.visual, torch.zeros(sum(lengths), dtype=torch.bool)]
         owned.append(lengths)
     embeds = model.get_input_embeddings()(torch.cat(ids))                           # (L, D)
-    features = vision_features(model, prompts)
+    features = vision_features(model, prompts, {} if known is None else known)
     if features is not None:
         embeds = embeds.masked_scatter(torch.cat(visual).to(device)[:, None], features.to(embeds.dtype))
     row = pack([len(p.ids) for p in prompts], owned, embeds)
@@ -157,7 +159,7 @@ def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[
     for p, group in zip(prompts, groups):
         last, start = start + len(p.ids) - 1, start + len(p.ids)
         for n in group.lengths:                         # the first token is predicted by the prompt's last
-            before += [torch.tensor([last]), torch.arange(start, start + n - 1)]
+            before += [torch.tensor([last]), torch.arange(start, start + n - 1)] if n else []
             start += n
     return run(model, prompts, groups)[torch.cat(before).to(model.device)]
 
@@ -255,9 +257,9 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
     with evaluating(model):
         d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p)
         d.attach()
-        last = []
+        last, known = [], {}
         for part in batches(lengths, PREFILL):
-            hidden = run(model, prompts[part], [None] * len(prompts[part]), keep=part.start)
+            hidden = run(model, prompts[part], [None] * len(prompts[part]), keep=part.start, known=known)
             last.append(hidden[torch.tensor(lengths[part]).cumsum(0).to(hidden.device) - 1])
         draws = [torch.rand(max_new_tokens, G, draws_for(top_p), generator=torch.Generator().manual_seed(s)) for s in seeds]
         d.start(torch.tensor(lengths).to(model.device), torch.tensor([p.next_position for p in prompts]).to(model.device),

@@ -35,7 +35,6 @@ TYPE = {
     "free-form": " Please provide your text answer within the <answer> </answer> tags.",
     "regression": NUMBER,
 }
-LETTERED = re.compile(r"\s*\(?[A-Z]\s*[.):]")
 
 
 class BadRecord(ValueError):
@@ -49,12 +48,13 @@ def name_of(record: dict) -> str:
 def question_text(record: dict, template: str = QUESTION_TRAIN) -> str:
     """The user's words (facts: Video-R1's QUESTION_TEMPLATE and TYPE_TEMPLATE). Options without letters get them,
     because the answer is a letter by position."""
-    if "prompt" in record:                              # a benchmark with a prompt of its own
-        return record["prompt"]
+    if "whole_prompt" in record:                        # a benchmark with a prompt of its own
+        return record["whole_prompt"]
     question = record["problem"]
     if record["problem_type"] == "multiple choice":
-        options = [option if LETTERED.match(option) else f"{chr(65 + i)}. {option}"
-                   for i, option in enumerate(record["options"])]
+        letters = [chr(65 + i) for i in range(len(record["options"]))]
+        options = [option if re.match(rf"\s*\(?{re.escape(letter)}\s*[.):]", option) else f"{letter}. {option}"
+                   for letter, option in zip(letters, record["options"])]
         head = question.rstrip().removesuffix("Options:") if question.rstrip().endswith("Options:") else question
         question = head + "Options:\n" + "".join(option + "\n" for option in options)
     return template.replace("{Question}", question) + TYPE[record["problem_type"]]

@@ -106,10 +106,11 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
 
 # --------------------------------------------------------------------------------- evaluation only
 LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:,]*")                    # B  b  (B)  B.  [B]
-LETTERED_TEXT = re.compile(r"[(\[]?([A-Z])[)\].:]\s*\S.*", re.DOTALL)           # B. the text of B
+LETTERED_TEXT = re.compile(r"[(\[]?([A-Z](?=[)\].:]|\s+-\s)|[a-z](?=[)\]]))\W+\S.*", re.DOTALL)       # B. the text of B, b) .., B - ..
+ANSWER_IS = re.compile(r"(?i)answer is")
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([^{}]*?)\s*\}")
 STATED = re.compile(r"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\**[(\[]?([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])")    # the answer is B
-QUANTITY = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+QUANTITY = re.compile(r"(?<![A-Za-z_^])(?<!\^-)(?:[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+)")
 
 
 def final_words(output: str) -> str:
@@ -130,7 +131,7 @@ def lenient_choice(output: str, options: list[str]) -> str | None:
     boxed = BOXED.findall(text)
     text = boxed[-1] if boxed else text.strip("*` ")
     known = [chr(65 + i) for i in range(len(options))] or [chr(65 + i) for i in range(26)]
-    match = LONE_LETTER.fullmatch(text) or LETTERED_TEXT.fullmatch(text)
+    match = LONE_LETTER.fullmatch(text) or (None if ANSWER_IS.search(text) else LETTERED_TEXT.fullmatch(text))
     letter = match.group(1).upper() if match else None
     if letter is None:
         same = [known[i] for i, option in enumerate(options) if plain(option) and plain(option) == plain(text)]

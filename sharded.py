@@ -14,19 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+AT_ONCE = 1 << 28       # weights whose fp32 gradients exist at once: 1 GiB
 ALIGN = 64              # weights start at multiples of 128 bytes (bf16), as kernels like them
 MOST_RANKS = 4096
 
 
-def distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device): one process, or as many as torchrun started; NCCL on GPUs, else gloo."""
+def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
+    """(rank, world size, device): one process, or as many as torchrun started; NCCL on GPUs, else gloo.
+
+    The timeout is for ranks that wait: for rank 0 to write a checkpoint to a slow disk, say. A rank that raises or dies
+    does not need it; torchrun ends the others then.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), device_id=device if cuda else None)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -91,7 +96,10 @@ class ShardedAdamW:
 
     def zero_grad(self) -> None:
         for p in self.params:
-            p.grad = None
+            if self.world > 1 and p.grad is not None:
+                p.grad.zero_()                          # stays in DDP's bucket
+            else:
+                p.grad = None
 
     def grad_norm(self) -> float:
         """L2 norm of the whole gradient, the same number on every rank; nan or inf if any part of it is."""
@@ -108,12 +116,18 @@ class ShardedAdamW:
         """One update with the gradients times `scale`; afterwards every rank holds the same weights."""
         for group in self.adam.param_groups:
             group["lr"] = lr
-        for p, a, b, master in self.pieces:
-            master.grad = None if p.grad is None else p.grad.view(-1)[a:b].float() * scale
-        self.adam.step()
-        for p, a, b, master in self.pieces:
-            master.grad = None
-            p.view(-1)[a:b] = master
+        pieces = list(self.pieces)
+        while pieces:
+            part, size = [], 0
+            while pieces and (not part or size + pieces[0][3].numel() <= AT_ONCE):
+                part.append(pieces.pop(0))
+                size += part[-1][3].numel()
+            for p, a, b, master in part:
+                master.grad = None if p.grad is None else p.grad.view(-1)[a:b] * scale if p.dtype == torch.float32 else p.grad.view(-1)[a:b].float().mul_(scale)
+            self.adam.step()                            # of those that have a gradient
+            for p, a, b, master in part:
+                master.grad = None
+                p.view(-1)[a:b] = master
         if self.world > 1:
             dist.all_gather_into_tensor(self.flat, self.flat[self.low:self.high].clone())
 
@@ -124,7 +138,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take up a shard saved by the same rank of as many; the model's weights follow the masters exactly."""
+        """Take up a shard saved by the same rank of as many. The model's own weights come from the same checkpoint."""
         if (state["rank"], state["world"]) != (self.rank, self.world):
             raise ValueError(f"the optimizer state is that of rank {state['rank']} of {state['world']}, "
                              f"this is rank {self.rank} of {self.world}")

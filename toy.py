@@ -212,7 +212,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL with 1.2 million parameters; every part of the 7B is there."""
+    """Qwen2.5-VL with 1.07 million parameters; every part of the 7B is there."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config=dict(

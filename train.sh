@@ -32,7 +32,7 @@ recipe() {
         shift; dry=1 MODEL=${MODEL:-random:7b} OUT=${OUT:-runs/dry} FRAMES=${FRAMES:-16}
         [ -n "${DATA:-}" ] || DATA=runs/clips$FRAMES/data.json
         [ -f "$DATA" ] || "$PY" dryrun.py clips "$(dirname "$DATA")" --frames "$FRAMES"
-        set -- --max_steps 12 --save_every 0 --max_frames "$FRAMES" "$@"
+        set -- --max_steps 12 --save_every 0 --sample_every 1000000 --max_frames "$FRAMES" "$@"
     fi
     gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
     if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
@@ -40,7 +40,7 @@ recipe() {
     fi
     [ -n "${DATA:-}" ] || { echo "error: DATA is not set; it names the file of training records" >&2; exit 1; }
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
-    if [ -n "$dry" ] && [ "$nproc" = 1 ]; then
+    if [ -n "$dry" ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
         echo "note: the optimizer's state does not fit beside a 7B on one GPU; holding an eighth of it, as one of 8 ranks does"
         set -- --shards 8 "$@"
     fi

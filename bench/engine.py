@@ -1,6 +1,6 @@
 """What a GRPO step costs at 7B, ours and the usual way, in one run on one GPU. Random weights; writes bench/results/engine.json.
 
-    python bench/engine.py [--quick]
+    python bench/engine.py [--skip PHASE ..]
 
 The usual way: transformers' generate with num_return_sequences=8, then forwards of the policy, the masked, the shuffled
 and the reference model with the prompt repeated for each completion and logits at every position, gradient

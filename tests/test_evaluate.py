@@ -107,7 +107,7 @@ def test_holmes_own_annotations(tmp_path):
     path.write_text(json.dumps([HOLMES_ROW, {**HOLMES_ROW, "video ID": "v2"}]))
     first, second = read_questions(str(path))
     assert first["problem_id"] == "v1/3" and second["problem_id"] == "v2/3"         # keyed on video and question together
-    assert first["prompt"].endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
+    assert first["whole_prompt"].endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
     assert first["solution"] == "<answer>B</answer>" and first["options"] == ["A. x", "B. y"]
     for folder in ("videos", "videos_cropped"):
         (tmp_path / folder).mkdir()

@@ -270,6 +270,13 @@ def test_sigterm_saves_and_leaves(checkpoint_folder, world, tmp_path, processes)
     weights_of(saved)
 
 
+def test_a_process_that_saves_is_waited_for():
+    code = ("import checkpoint, os, signal, time\np = checkpoint.Preemption(grace=0.5)\np.saving = True\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(1.5)\np.heard.set()\nprint('saved')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "saved\n"
+
+
 def test_a_stuck_process_leaves_after_the_grace():
     code = ("import checkpoint, os, signal, time, threading\ncheckpoint.Preemption(grace=1.0)\n"
             "os.kill(os.getpid(), signal.SIGTERM)\nthreading.Event().wait(30)\nprint('still here')")
@@ -299,9 +306,11 @@ def test_a_full_disk_during_a_checkpoint(checkpoint_folder, world, tmp_path, mon
 def test_resume_needs_what_made_the_checkpoint(whole_run, checkpoint_folder, world, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(whole_run, out, symlinks=True)
-    with pytest.raises(SystemExit, match="prompts a step"):
+    with pytest.raises(SystemExit, match="prompts a step: 2 there, 4 now"):
         ktr.main(parse(arguments(checkpoint_folder, world, out, "--prompts_per_step", 4, "--max_steps", 8)))
-    with pytest.raises(SystemExit, match="holds checkpoints already"):
+    with pytest.raises(SystemExit, match="lr: 0.001 there, 0.5 now"):
+        ktr.main(parse(arguments(checkpoint_folder, world, out, "--prompts_per_step", 2, "--lr", "0.5")))
+    with pytest.raises(SystemExit, match="holds a run already"):
         ktr.main(parse(arguments(checkpoint_folder, world, out, "--resume", "never")))
     shutil.copy(out / "checkpoint-000006/training_state/rank-0000.pt", out / "checkpoint-000006/training_state/rank-0001.pt")
     with pytest.raises(SystemExit, match="written by 2 processes and this run has 1"):
@@ -309,6 +318,18 @@ def test_resume_needs_what_made_the_checkpoint(whole_run, checkpoint_folder, wor
 
 
 # --------------------------------------------------------------------------------------------- guards
+def test_a_model_that_breaks_stops_after_some_steps(checkpoint_folder, world, tmp_path):
+    """NaN in the weights makes NaN of scores and losses alike: steps are skipped and counted, then the run stops."""
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint_folder, broken)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(broken)
+    model.lm_head.weight.data[3] = float("nan")
+    model.save_pretrained(broken)
+    with pytest.raises(SystemExit, match="not finite in 5 steps in a row"):
+        ktr.main(parse(arguments(broken, world, tmp_path / "out", "--max_steps", 9)))
+    assert len(log_of(tmp_path / "out")) == 5
+
+
 def test_gradients_that_are_not_finite(checkpoint_folder, world, tmp_path, monkeypatch):
     loss, calls = ktr.grpo_loss, []
 

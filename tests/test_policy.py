@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,3 +222,15 @@ def test_batches():
 
 def test_group_lengths():
     assert Group(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()).lengths == [2, 3]
+
+
+def test_a_clip_is_seen_once_for_all_its_questions(tiny, prompts, monkeypatch):
+    """Also when its questions are prefilled apart (as 64-frame prompts are); the tokens are the same."""
+    model, seen = tiny[0], []
+    two = [prompts[0], replace(prompts[0], record={**prompts[0].record})]
+    together = policy.sample(model, two, 2, 8, temperature=0)
+    watch = model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    monkeypatch.setattr(policy, "PREFILL", 1)
+    apart = policy.sample(model, two, 2, 8, temperature=0)
+    watch.remove()
+    assert len(seen) == 1 and all(torch.equal(a.ids, b.ids) for a, b in zip(together, apart))

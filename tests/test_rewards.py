@@ -84,6 +84,7 @@ OPTIONS = ["A. Cats sleep", "B. Dogs run", "C. Fish swim", "D. a"]
     ("<answer>B. Dogs run</answer>", "B"), ("<answer>B: Dogs run</answer>", "B"), ("<answer>(B) Dogs run fast</answer>", "B"),
     ("<answer>Dogs run</answer>", "B"), ("<answer>dogs run.</answer>", "B"),
     ("The answer is B", "B"), ("the answer is (B).", "B"), ("Answer: B", "B"), ("I choose option B", "B"),
+    ("b) Dogs run", "B"), ("B - Dogs run", "B"), ("A. is wrong because cats sleep; the answer is B", "B"),
     ("The answer is A. No, the answer is B.", "B"), ("<answer>The correct option is B</answer>", "B"),
     ("<answer>A</answer> wait, <answer>B</answer>", "B"), ("<think>perhaps A</think>B", "B"),
     ("<think><answer>A</answer>?</think><answer>B</answer>", "B"),
@@ -104,6 +105,7 @@ def test_lenient_choice_without_options_or_with_repeated_ones():
 @pytest.mark.parametrize("output, number", [
     ("<answer>3.50 m</answer>", 3.5), ("<answer>1,234</answer>", 1234), ("<answer>$1,234.50</answer>", 1234.5),
     ("<answer>-3</answer>", -3), ("<answer>50%</answer>", 50), ("<answer>.5</answer>", 0.5), ("It is 7", 7),
+    ("<answer>5 m^2</answer>", 5), ("<answer>5 m2</answer>", 5), ("<answer>3 s^-1</answer>", 3),
     ("<answer>12 or 13</answer>", None), ("<answer>twelve</answer>", None), ("<answer>7 is 7.0</answer>", 7),
     (r"<answer>2 + 2 = \boxed{4}</answer>", 4), ("<think>1 2 3</think>4", 4),
 ])

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import sharded
 from sharded import ShardedAdamW, distributed, flatten
 
 
@@ -47,7 +48,9 @@ def reference(module, steps, lr, seen=lambda g: g):
     return module
 
 
-def test_fp32_equals_adamw():
+@pytest.mark.parametrize("at_once", [1 << 28, 100, 1])
+def test_fp32_equals_adamw(monkeypatch, at_once):
+    monkeypatch.setattr(sharded, "AT_ONCE", at_once)                        # however many weights are stepped together
     module = new_module()
     train(module, 20, 1e-3)
     for a, b in zip(module.parameters(), reference(new_module(), 20, 1e-3).parameters()):
