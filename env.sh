@@ -7,6 +7,7 @@ assert (*map(int, transformers.__version__.split(".")[:2]),) >= (5, 17), "transf
 if ! "$PY" -c "$ready" 2>/dev/null; then
     [ -x .venv/bin/python ] || "$PY" -m venv .venv
     PY=.venv/bin/python
+    "$PY" -c "$ready" 2>/dev/null || echo "installing the packages of requirements.txt into .venv ..." >&2
     "$PY" -c "$ready" 2>/dev/null || "$PY" -m pip install --quiet -r requirements.txt
     "$PY" -c "$ready" || { echo "error: the packages of requirements.txt did not install; see above" >&2; exit 1; }
 fi

@@ -87,7 +87,7 @@ class Options:
     max_pixels: int = option(128 * 28 * 28, "pixels per frame at most")
     image_pixels: int = option(512 * 28 * 28, "pixels of a still image at most")
     max_prompt: int = option(16384, "tokens; a longer prompt is skipped and counted, never cut")
-    workers: int = option(4, "decoding processes per rank")
+    workers: int = option(min(4, os.cpu_count() or 1), "decoding processes per rank")
     # running
     dtype: str = one_of("bfloat16", "float32", help="of the weights that compute; the optimizer's are fp32")
     checkpointing: bool = option(True, "recompute activations in the backward pass")
@@ -114,6 +114,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     for name in options.signals:
         if name not in SIGNALS:
             parser.error(f"unknown signal {name!r}; known: {', '.join(SIGNALS)}")
+    if not 0 <= options.ratio <= 1:
+        parser.error(f"--ratio must lie in 0..1, not {options.ratio}")
     for name in ("model", "data"):
         if not getattr(options, name):
             parser.error(f"--{name} is needed")

@@ -201,7 +201,7 @@ def plot(content: dict, page: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no curves as SVG and PNG, only in the page: pip install matplotlib")
+        return print("(for the curves as SVG and PNG too: pip install matplotlib)")
     names = [name for title, group in content["groups"].items() if title != "Everything else" for name in group]
     height = max(1, math.ceil(len(names) / 4))
     figure = Figure(figsize=(13, 2.1 * height), layout="constrained")
@@ -228,5 +228,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     out, content = arguments.out or arguments.runs[0] / "report.html", content_of(arguments.runs)
     out.write_text(build(content), encoding="utf-8")
-    print(out)
+    print(f"page: {out}")
     plot(content, out)

@@ -114,36 +114,38 @@ def outcome(run: Path) -> dict[str, float]:
     late = log[-max(1, len(log) // 5):]
     scores = json.loads((run / "after" / "scores.json").read_text())["scores"]
     return {"accuracy": 100 * scores["all"]["strict"], "reward": statistics.mean(row["reward"] for row in late),
-            "area": statistics.mean(row["accuracy"] for row in log), "kl": statistics.mean(row["kl"] for row in late),
+            "learning": 100 * statistics.mean(row["accuracy"] for row in log), "kl": statistics.mean(row["kl"] for row in late),
             "grad": statistics.mean(row["grad_norm"] for row in late), "share": 100 * statistics.mean(row["key_share"] for row in late),
             "seconds": sum(row["seconds"] for row in log)}
 
 
 def print_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
-    """Test accuracy with intervals, paired differences from GRPO and from chance, and what went with them."""
+    """Test accuracy and learning with intervals, paired differences from GRPO and from chance, and what went with them."""
     found = {name: [outcome(Path(a.out) / name.replace("/", "per-") / f"seed-{seed}") for seed in range(a.seeds)] for name in variants}
-    controls = [name for name in ("GRPO", "random 45%") if name in found]
-    header = "".join(f"   minus {name:12}" for name in controls)
-    print(f"{'':22} test accuracy{header}   reward  learning  tokens     kl   grad  seconds")
-    table, noise = {}, []
+    compared = [(measure, control) for measure, control in (("accuracy", "GRPO"), ("accuracy", "random 45%"), ("learning", "GRPO"))
+                if control in found]
+    print(f"{'':22} test accuracy" + "".join(f"   minus {control:11}" for measure, control in compared if measure == "accuracy")
+          + "  learning" + "   minus GRPO  " * ("GRPO" in found) + "   reward  tokens     kl   grad  seconds")
+    table, noise = {}, {measure: [] for measure in ("accuracy", "learning")}
     for name, runs in found.items():
         row = {key: interval([run[key] for run in runs]) for key in runs[0]}
-        text = f"{name:22} {row['accuracy'][0]:5.1f} +- {row['accuracy'][1]:3.1f}"
-        for control in controls:
-            differences = [run["accuracy"] - other["accuracy"] for run, other in zip(runs, found[control])]
-            row[f"minus {control}"] = interval(differences)
-            text += f"   {row[f'minus {control}'][0]:+6.1f} +- {row[f'minus {control}'][1]:4.1f}   " if name != control else " " * 21
+        text = {"accuracy": f"{row['accuracy'][0]:5.1f} +- {row['accuracy'][1]:4.1f}", "learning": f"   {row['learning'][0]:5.1f}"}
+        for measure, control in compared:
+            differences = [run[measure] - other[measure] for run, other in zip(runs, found[control])]
+            label = f"minus {control}" if measure == "accuracy" else f"learning minus {control}"
+            row[label] = interval(differences)
+            text[measure] += f"   {row[label][0]:+6.1f} +- {row[label][1]:4.1f}" if name != control else " " * 17
             if name != control and len(runs) > 1:
-                noise.append(statistics.stdev(differences))
-        print(text + f" {row['reward'][0]:6.2f} {100 * row['area'][0]:8.1f}% {row['share'][0]:6.0f}% {row['kl'][0]:6.3f} "
+                noise[measure].append(statistics.stdev(differences))
+        print(f"{name:22} {text['accuracy']} {text['learning']}  {row['reward'][0]:6.2f} {row['share'][0]:6.0f}% {row['kl'][0]:6.3f} "
               f"{row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
         table[name] = row
-    if noise:
-        n = a.seeds
-        df = min(n, len(T_95) + 1) - 2
-        print(f"+-: 95% intervals over {n} seeds. The study would find a paired difference of "
-              f"{(T_95[df] + T_80[df]) * statistics.median(noise) / math.sqrt(n):.1f} points (80% power, 5% level).")
-    print("learning: mean training accuracy over all steps, the area under the curve")
+    if noise["accuracy"]:
+        df = min(a.seeds, len(T_95) + 1) - 2
+        least = {measure: (T_95[df] + T_80[df]) * statistics.median(some) / math.sqrt(a.seeds) for measure, some in noise.items() if some}
+        print(f"+-: 95% intervals over {a.seeds} seeds. The study would find (80% power, 5% level) a paired difference of "
+              + ", ".join(f"{points:.1f} points of {measure}" for measure, points in least.items()))
+    print("learning: mean training accuracy over all steps in percent, the area under the curve")
     return table
 
 
@@ -155,7 +157,8 @@ def plot(variants: dict[str, str], a: argparse.Namespace, path: Path) -> None:
         return print("no plot: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for name in variants:
         runs = [[json.loads(line)["reward"] for line in (Path(a.out) / name.replace("/", "per-") / f"seed-{seed}" / "log.jsonl").open()]
                 for seed in range(a.seeds)]
@@ -163,7 +166,7 @@ def plot(variants: dict[str, str], a: argparse.Namespace, path: Path) -> None:
         smooth = mean.unfold(0, min(10, len(mean)), 1).mean(-1)
         axes.plot(range(len(mean) - len(smooth), len(mean)), smooth, label=name, linewidth=2.2 if name in ("GRPO", "Video-KTR") else 1)
     axes.set(xlabel="step", ylabel="training reward (mean over seeds, 10 steps)")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     print(f"plot: {path}")

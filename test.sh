@@ -8,4 +8,4 @@ if [ ! -x /usr/bin/chromium ] && command -v apt-get && [ "$(id -u)" = 0 ]; then
     export DEBIAN_FRONTEND=noninteractive; timeout 60 apt-get -q update && timeout 180 apt-get -qy install --no-install-recommends chromium
 fi </dev/null >/dev/null 2>&1 || true
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
-exec "$PY" -m pytest -q "$@" tests
+exec "$PY" -m pytest -q -rs "$@" tests

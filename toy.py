@@ -282,7 +282,8 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
     """What each signal's top tokens are: {look: {"share": {class: ..}, "recall": {"visual": .., "temporal": ..}, "place": ..}}.
 
     share: of the chosen tokens, those of this class (for a signal's own class, its precision). recall: of the known words of
-    this class, those that were chosen. place: where in the completion they stand on average, 0 first, 1 last.
+    this class, those that were chosen. place: where in the completion they stand on average, 0 first, 1 last. Also
+    "overlap": the union's share of all tokens, and of the union what 1, 2 or 3 of the signals chose.
     """
     model, processor = load(model_name)
     records = [r for r in read_records(world / "test.json")[0] if r["data_type"] == "video"][:questions]
@@ -305,7 +306,7 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
             places += [t / max(1, n - 1) for t in range(n)]
     kinds, places = torch.tensor(kinds), torch.tensor(places)
     masks = {look: torch.cat(parts).cpu() for look, parts in chosen.items()}
-    print(f"{f'top {ratio:.0%} by':20} what they are: " + "".join(f"{name:>10}" for name in CLASSES)
+    print(f"(place: 0 is the first token, 1 the last)\n{f'top {ratio:.0%} by':20} what they are: " + "".join(f"{name:>10}" for name in CLASSES)
           + "    words found: visual  temporal    place")
     table = {}
     for look, mask in masks.items():
@@ -326,10 +327,10 @@ def print_table(out: Path) -> None:
     """What train.sh ends with: accuracy before and after by kind of question, and where everything is."""
     before, after = (json.loads((out / name / "scores.json").read_text())["scores"] for name in ("before", "after"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    print(f"\n{'test questions':16} {'n':>5}   before    after     gain")
+    print(f"\n{'test questions':16} {'n':>5}   before    after     gain   unparsed")
     for name in before:
         a, b = 100 * before[name]["strict"], 100 * after[name]["strict"]
-        print(f"{name.removeprefix('kind: '):16} {after[name]['n']:5d}   {a:5.1f}%   {b:5.1f}%   {b - a:+5.1f}")
+        print(f"{name.removeprefix('kind: '):16} {after[name]['n']:5d}   {a:5.1f}%   {b:5.1f}%   {b - a:+5.1f}   {after[name]['unparsed']:8d}")
     print(f"{len(log)} steps in {sum(row['seconds'] for row in log):.0f} s; checkpoint {out / 'final'}, log {out / 'log.jsonl'}, "
           f"samples {out / 'samples.jsonl'}")
 

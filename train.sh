@@ -34,11 +34,11 @@ recipe() {
         [ -f "$DATA" ] || "$PY" dryrun.py clips "$(dirname "$DATA")" --frames "$FRAMES"
         set -- --max_steps 12 --save_every 0 --sample_every 1000000 --max_frames "$FRAMES" "$@"
     fi
+    [ -n "${DATA:-}" ] || { echo "error: DATA is not set; it names the file of training records" >&2; exit 1; }
     gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
     if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
         echo "error: no GPU found; the 7B recipe needs some (DEVICE=cpu tries it with a tiny model)" >&2; exit 1
     fi
-    [ -n "${DATA:-}" ] || { echo "error: DATA is not set; it names the file of training records" >&2; exit 1; }
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
     if [ -n "$dry" ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
         echo "note: the optimizer's state does not fit beside a 7B on one GPU; holding an eighth of it, as one of 8 ranks does"

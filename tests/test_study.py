@@ -37,7 +37,7 @@ def test_interval_by_hand():
 
 def test_outcome_by_hand(tmp_path):
     got = outcome(hand_made(tmp_path, "GRPO", 0, 0.62))                     # late: the last fifth, two of ten steps
-    assert got == pytest.approx({"accuracy": 62, "reward": 1.5, "area": 0.45, "kl": 0.085, "grad": 8.5, "share": 45, "seconds": 5})
+    assert got == pytest.approx({"accuracy": 62, "reward": 1.5, "learning": 45, "kl": 0.085, "grad": 8.5, "share": 45, "seconds": 5})
     short = hand_made(tmp_path, "GRPO", 1, 0.62, rewards=(0.0, 3.0))
     assert outcome(short)["reward"] == 3                                    # of fewer than five steps, the last
 

@@ -108,7 +108,7 @@ def test_attribution_finds_what_it_should(cold_start, tmp_path):
     """The visual signal picks words that depend on the clip, the random control does not."""
     toy.make(tmp_path, train=1, test=40)
     table = toy.attribution_table(str(ROOT / "cold_start"), tmp_path, questions=24, G=2)
-    seen = {name: row["share"]["visual"] + row["share"]["temporal"] for name, row in table.items()}
+    seen = {name: row["share"]["visual"] + row["share"]["temporal"] for name, row in table.items() if name != "overlap"}
     assert seen["visual"] > seen["random"] + 0.25
     assert table["temporal"]["share"]["temporal"] > 1.5 * table["random"]["share"]["temporal"]
     assert abs(table["random"]["share"]["filler"] - table["all"]["share"]["filler"]) < 0.12
