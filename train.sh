@@ -19,7 +19,7 @@ toy() {
     evaluate="evaluate.py --benchmark toy --data $world/test.json --videos $world --max_new_tokens 64 --batch 100 --dtype float32 --workers 1"
     "$PY" $evaluate --model cold_start --out "$out/before"
     "$PY" ktr.py --model cold_start --data "$world/train.json" --out "$out" --dtype float32 --no_checkpointing \
-        --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 1e-4 --warmup_steps 10 \
+        --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 5e-5 --warmup_steps 10 \
         --save_every 50 --workers 1 "$@"
     "$PY" $evaluate --model "$out/final" --out "$out/after"
     "$PY" toy.py table "$out"
