@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from counterfactual import MASKINGS, ORDERS, shift  # noqa: F401  (shift is part of this module's interface)
+from ablations import MASKINGS, ORDERS, shift  # noqa: F401  (shift is part of this module's interface)
 from prompt import Prompt
 
 

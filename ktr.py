@@ -29,17 +29,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
+from run import checkpoint
 from attribution import Rollout, attribute, select, soften
-from counterfactual import distribution_shift, shift, shuffled
+from ablations import distribution_shift, shift, shuffled
 from data import Prompts, Skipped, loader
 from grpo import group_advantages, grpo_loss
-from logs import Clock, Ledger, Log, add_up, measured, names_of, sample_of
-from options import MAY_CHANGE, UNUSABLE, Options, limits_of, parse, preflight
+from run.logs import Clock, Ledger, Log, add_up, measured, names_of, sample_of
+from run.options import MAY_CHANGE, UNUSABLE, Options, limits_of, parse, preflight
 from policy import Group, batches, evaluating, hidden_states, load, predicting_states, sample, score_groups, unflatten
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
-from sharded import ShardedAdamW, distributed, leave
+from engine.sharded import ShardedAdamW, distributed, leave
 
 ROW_TOKENS = 8192       # prompts are scored together while their packed rows stay within this many tokens
 PATIENCE = 5            # steps in a row that may be skipped because the gradient is not finite

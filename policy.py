@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from decoding import decoder_for, draws_for
+from engine.decoding import decoder_for, draws_for
 from prompt import Processor, Prompt, patches
-from sharded import flatten
-from sharing import NAMES, has_varlen, pack
+from engine.sharded import flatten
+from engine.packing import NAMES, has_varlen, pack
 
 CHUNK = 1024            # completion tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
@@ -47,7 +47,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """(model, processor), ready for this project; the seed is that of random weights. OSError where the checkpoint is missing or incomplete."""
     logging.disable_progress_bar()
     if name.startswith("random:"):
-        from dryrun import random_model
+        from lab.dryrun import random_model
         model = random_model(name, device, dtype, seed)
     else:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
@@ -57,7 +57,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 def load_processor(name: str) -> Processor:
     """The processor of a checkpoint's folder, hub name, or random:7b."""
     if name.startswith("random:"):
-        from dryrun import random_processor
+        from lab.dryrun import random_processor
         return random_processor(name)
     return Processor.from_pretrained(name)
 

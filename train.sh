@@ -10,20 +10,20 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes: the same command on each, with its NODE_RANK
 set -euo pipefail
 cd "$(dirname "$0")"
-. ./env.sh
+. run/env.sh
 
 toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
-    [ -f "$world/test.json" ] || "$PY" toy.py make "$world"
+    [ -f "$world/test.json" ] || "$PY" -m lab.toy make "$world"
     evaluate="evaluate.py --benchmark toy --data $world/test.json --videos $world --max_new_tokens 64 --batch 100 --dtype float32 --workers 1"
     "$PY" $evaluate --model cold_start --out "$out/before"
     "$PY" ktr.py --model cold_start --data "$world/train.json" --out "$out" --dtype float32 --no_checkpointing \
         --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 5e-5 --warmup_steps 10 \
         --save_every 50 --workers 1 "$@"
     "$PY" $evaluate --model "$out/final" --out "$out/after"
-    "$PY" toy.py table "$out"
-    "$PY" report.py "$out"
+    "$PY" -m lab.toy table "$out"
+    "$PY" -m lab.report "$out"
 }
 
 recipe() {
@@ -31,7 +31,7 @@ recipe() {
     if [ "${1:-}" = --dry_run ]; then
         shift; dry=1 MODEL=${MODEL:-random:7b} OUT=${OUT:-runs/dry} FRAMES=${FRAMES:-16}
         [ -n "${DATA:-}" ] || DATA=runs/clips$FRAMES/data.json
-        [ -f "$DATA" ] || "$PY" dryrun.py clips "$(dirname "$DATA")" --frames "$FRAMES"
+        [ -f "$DATA" ] || "$PY" -m lab.dryrun clips "$(dirname "$DATA")" --frames "$FRAMES"
         set -- --max_steps 12 --save_every 0 --sample_every 1000000 --max_frames "$FRAMES" "$@"
     fi
     [ -n "${DATA:-}" ] || { echo "error: DATA is not set; it names the file of training records" >&2; exit 1; }
@@ -58,7 +58,7 @@ recipe() {
     "${run[@]}" ktr.py "$@" & child=$!
     wait "$child" || wait "$child"                  # a signal ends the first wait
     [ "${NODE_RANK:-0}" = 0 ] || return 0
-    if [ -n "$dry" ]; then "$PY" dryrun.py table "$OUT"; else "$PY" report.py "${OUT:-runs/7b}"; fi
+    if [ -n "$dry" ]; then "$PY" -m lab.dryrun table "$OUT"; else "$PY" -m lab.report "${OUT:-runs/7b}"; fi
 }
 
 case "${1:-toy}" in

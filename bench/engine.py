@@ -22,13 +22,13 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ktr  # noqa: E402
-import toy  # noqa: E402
-from dryrun import random_model  # noqa: E402
-from logs import Clock  # noqa: E402
-from options import parse as parse_options  # noqa: E402
+from lab import toy  # noqa: E402
+from lab.dryrun import random_model  # noqa: E402
+from run.logs import Clock  # noqa: E402
+from run.options import parse as parse_options  # noqa: E402
 from policy import evaluating, load, prepare, sample, score_groups  # noqa: E402
 from prompt import Processor, Vision, fit, patches  # noqa: E402
-from sharing import NAMES  # noqa: E402
+from engine.packing import NAMES  # noqa: E402
 
 DEVICE = torch.device("cuda")
 RESULTS = {"command": " ".join(sys.argv), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

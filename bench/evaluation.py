@@ -14,7 +14,7 @@ import torch
 from engine import DEVICE, RESULTS, ROOT, new_prompt, note, seconds, usual_inputs
 from transformers.utils import logging
 
-from dryrun import random_model
+from lab.dryrun import random_model
 from policy import load, sample
 
 FRAMES, T, CLIPS = 32, 256, 11

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
 import policy  # noqa: E402
-import toy  # noqa: E402
+from lab import toy  # noqa: E402
 from prompt import patches  # noqa: E402
 
 

@@ -6,7 +6,7 @@ import torch
 
 import attribution
 from attribution import Rollout, attribute, select, shift, top_tokens
-from counterfactual import shuffled
+from ablations import shuffled
 
 
 def test_shift_by_hand():

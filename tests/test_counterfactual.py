@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import plain_inputs
 
 import counterfactual
-from counterfactual import DISTANCES, MASKINGS, ORDERS, blocks, distribution_shift
+from ablations import DISTANCES, MASKINGS, ORDERS, blocks, distribution_shift
 from policy import score
 
 P, Q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import toy
+from lab import toy
 from data import (BadRecord, Limits, Prompts, Skipped, check_record, frame_indices, load_media, loader, read_json,
                   read_records, read_video)
 from prompt import Prompt

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import dryrun
-import toy
+from lab import dryrun
+from lab import toy
 from data import Limits, load_media, read_records, read_video
-from dryrun import SIZES, make_clips, random_config, random_model, random_processor, table
+from lab.dryrun import SIZES, make_clips, random_config, random_model, random_processor, table
 from prompt import Prompt
 
 

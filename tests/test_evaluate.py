@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, plain_inputs
 
 import evaluate
-import toy
-from decoding import vision_tokens
+from lab import toy
+from engine.decoding import vision_tokens
 from evaluate import benchmark_of, from_holmes, locate, main, parse, read_predictions, read_questions, report, summarise, wilson
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))

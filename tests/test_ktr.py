@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import checkpoint
+from run import checkpoint
 import ktr
-from options import PRESETS, parse
+from run.options import PRESETS, parse
 
 SMALL = ["--dtype", "float32", "--max_new_tokens", "12", "--G", "4", "--workers", "0", "--lr", "1e-3", "--no_checkpointing"]
 
@@ -205,7 +205,7 @@ FAULTY = '''
 import sys, os
 sys.path.insert(0, {root!r})
 import ktr
-from options import parse
+from run.options import parse
 judge, calls = ktr.judge, []
 def broken(group, record, processor):
     calls.append(1)

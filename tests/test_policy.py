@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import plain_inputs, plain_logp
 
 import policy
-from decoding import BLOCK, blocks_in_use, choose, draws_for, inverse_cdf, vision_tokens
+from engine.decoding import BLOCK, blocks_in_use, choose, draws_for, inverse_cdf, vision_tokens
 from policy import Group, TokenStats, batches, sample, score, score_groups
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import plain_inputs
 
-import toy
+from lab import toy
 from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, fit, patches, question_text, rope_positions,
                     target_size)
 

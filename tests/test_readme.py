@@ -9,8 +9,8 @@ from conftest import ROOT
 
 import attribution
 import ktr
-from logs import METRICS, PHASES
-from options import Options, parse
+from run.logs import METRICS, PHASES
+from run.options import Options, parse
 
 README = (ROOT / "README.md").read_text()
 
@@ -21,7 +21,7 @@ def test_your_own_rule(checkpoint_folder, world, tmp_path, monkeypatch):
     monkeypatch.setattr(attribution, "SIGNALS", dict(attribution.SIGNALS))
     exec(rule, {**vars(attribution)})
     options = re.search(r"train with `--signals (.*?)`", README).group(1).split()
-    monkeypatch.setattr("options.SIGNALS", attribution.SIGNALS)
+    monkeypatch.setattr("run.options.SIGNALS", attribution.SIGNALS)
     ktr.main(parse(["--model", str(checkpoint_folder), "--data", str(world / "train.json"), "--out", str(tmp_path), "--dtype", "float32",
                     "--max_new_tokens", "12", "--G", "4", "--workers", "0", "--no_checkpointing", "--max_steps", "3",
                     "--prompts_per_step", "2", "--signals", *options]))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toy
+from lab import toy
 import torch
 from conftest import ROOT
 
-import report
-from logs import Clock, Log, names_of
-from options import parse
+from lab import report
+from run.logs import Clock, Log, names_of
+from run.options import parse
 
 EVIL = "</script x><script>window.hacked = 1; document.title = 'hacked'</script>\u2028&amp;"
 
@@ -143,7 +143,7 @@ def test_the_command_writes_the_page_and_the_curves(tmp_path, monkeypatch, capsy
     runs = [write_run(tmp_path / name) for name in "ab"]
     def call(*more):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, [*runs, *more])])
-        runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "lab" / "report.py"), run_name="__main__")
         return capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)                 # as if it were not installed
     assert "pip install matplotlib" in call()

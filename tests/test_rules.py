@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import ktr
 from attribution import SIGNALS, WEIGHTINGS, Rollout, attribute, soften
 from data import Skipped
-from options import parse
+from run.options import parse
 from policy import Group, predicting_states, sample, score
 
 SCORES = torch.tensor([[1.0, 2.0, 99.0], [3.0, 4.0, -99.0]])

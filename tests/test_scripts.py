@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from test_ktr import log_of, weights_of
 
-import options
-from options import parse, preflight
+from run import options
+from run.options import parse, preflight
 
 TINY = ["--dtype", "float32", "--max_new_tokens", "8", "--G", "2", "--workers", "0", "--lr", "1e-3"]
 

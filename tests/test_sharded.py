@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import sharded
-from sharded import ShardedAdamW, distributed, flatten
+from engine import sharded
+from engine.sharded import ShardedAdamW, distributed, flatten
 
 
 def new_module(dtype=torch.float32):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import plain_logp
 
-import study
+from lab import study
 from policy import sample
-from study import gradient_analysis, interval, outcome, print_table
+from lab.study import gradient_analysis, interval, outcome, print_table
 
 SECONDS = 0.5
 
@@ -106,7 +106,7 @@ def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatc
 
 
 def test_every_variant_is_a_valid_command_line():
-    from options import parse
+    from run.options import parse
     for name, options in study.VARIANTS.items():
         o = parse(["--model", "m", "--data", "d", *study.shlex.split(options)])
         assert (o.signals == ["visual", "temporal", "entropy"]) == name.startswith(("Video-KTR", "KTR")), name

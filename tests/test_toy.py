@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 import policy
-import toy
+from lab import toy
 from data import Limits, Prompts, read_records, read_video
 from policy import sample
 from rewards import accuracy_reward, extract_answer, format_reward

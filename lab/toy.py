@@ -10,10 +10,10 @@ The cold start learns to see from a careful teacher and then imitates a careless
 attribute at a rate of its own (SLIPS) and answers what it named. Where a slip is likelier than the truth,
 greedy decoding is wrong although the right word has probability left: reinforcement learning has to find it.
 
-    python toy.py make DIR                       write clips, images, train.json, test.json
-    python toy.py cold_start DIR                 remake the shipped cold start
-    python toy.py attribution --model DIR --data WORLD      what does each signal select?
-    python toy.py table RUN                      accuracy before and after
+    python -m lab.toy make DIR                       write clips, images, train.json, test.json
+    python -m lab.toy cold_start DIR                 remake the shipped cold start
+    python -m lab.toy attribution --model DIR --data WORLD      what does each signal select?
+    python -m lab.toy table RUN                      accuracy before and after
 """
 
 import argparse

@@ -5,8 +5,8 @@ seconds and memory on your machine. Random weights change neither: completions r
 most a step can cost. They earn no rewards, and their text means nothing.
 
     bash train.sh 7b --dry_run [options of ktr.py]      clips, a dozen steps, this table
-    python dryrun.py clips DIR --frames 16              the clips alone
-    python dryrun.py table RUN --epoch 16916            the table of a finished run
+    python -m lab.dryrun clips DIR --frames 16              the clips alone
+    python -m lab.dryrun table RUN --epoch 16916            the table of a finished run
 """
 
 import argparse
@@ -51,7 +51,7 @@ def random_config(size: str, tokenizer) -> Qwen2_5_VLConfig:
 
 def random_processor(name: str) -> Processor:
     """With the toy world's tokenizer, since the real one would have to be downloaded."""
-    from toy import new_tokenizer
+    from lab.toy import new_tokenizer
     tokenizer = new_tokenizer()
     return Processor(tokenizer, random_config(name.removeprefix("random:"), tokenizer),
                      {"image_mean": Vision.mean, "image_std": Vision.std, "min_pixels": Vision.min_pixels})
@@ -69,7 +69,7 @@ def random_model(name: str, device: torch.device | str, dtype: torch.dtype, seed
 
 def make_clips(folder: Path, frames: int = 16, records: int = 4096) -> None:
     """Two clips of noise, 640x360, long enough for `frames` at 2 a second, and as many records about them."""
-    from toy import write_y4m
+    from lab.toy import write_y4m
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(2):

@@ -1,7 +1,7 @@
 """A run, or several to compare, as one HTML page that opens from disk, and its curves as SVG and PNG.
 
-    python report.py runs/toy                               writes report.html, .svg and .png into runs/toy
-    python report.py runs/toy runs/other --out both.html    runs over each other; both.svg and both.png beside it
+    python -m lab.report runs/toy                               writes report.html, .svg and .png into runs/toy
+    python -m lab.report runs/toy runs/other --out both.html    runs over each other; both.svg and both.png beside it
 
 The page shows completions token by token (what each signal saw, what it chose), the curves of log.jsonl, and tables.
 It holds all it needs and may load nothing: its content security policy says so. Text of models and data sets is JSON

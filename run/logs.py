@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from attribution import top_tokens
 from data import Skipped
-from options import Options
+from run.options import Options
 from prompt import Processor
 
 PHASES = ("data", "sample", "score", "attribute", "reference", "backward", "step")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen2_5_VLConfig
 
-from sharing import Step
+from engine.packing import Step
 
 BLOCK = 128             # slots per block of FlexAttention's sparse mask
 

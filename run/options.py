@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-import checkpoint
+from run import checkpoint
 from attribution import SIGNALS, WEIGHTINGS
-from counterfactual import DISTANCES, MASKINGS, ORDERS
+from ablations import DISTANCES, MASKINGS, ORDERS
 from data import Limits, Prompts, read_records
 from policy import load_processor
 from prompt import Prompt

@@ -1,8 +1,8 @@
 """Is the key token key? The same training under different rules for choosing tokens, on the toy world, with controls.
 
-    python study.py                                           every variant below, five seeds each; resumable
-    python study.py --only GRPO Video-KTR "random 45%" --add "mine=--signals mine"      your rule against its controls
-    python study.py --gradients runs/study/Video-KTR/seed-0/final       the paper's gradient analysis
+    python -m lab.study                                           every variant below, five seeds each; resumable
+    python -m lab.study --only GRPO Video-KTR "random 45%" --add "mine=--signals mine"      your rule against its controls
+    python -m lab.study --gradients runs/study/Video-KTR/seed-0/final       the paper's gradient analysis
 
 All variants share data, seeds, learning rate and steps. Differences are paired by seed: the same cold start, the same
 order of prompts, the same random numbers in sampling. "/selected" variants divide a row by its key tokens instead of
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from attribution import Rollout, attribute, select
-from counterfactual import shift
+from ablations import shift
 from data import Prompts, read_records
 from grpo import group_advantages
 from policy import load, sample, score_groups
@@ -79,7 +79,7 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, de
     out.mkdir(parents=True, exist_ok=True)
     made_by.write_text(json.dumps([train, test]))
     for command in (train, test):
-        done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], cwd=Path(__file__).resolve().parent.parent, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name}, seed {seed}: {shlex.join(command)}\n{(done.stdout + done.stderr)[-2000:]}")
 
@@ -240,7 +240,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
     if not Path(a.world, "test.json").exists():
-        subprocess.run([sys.executable, "toy.py", "make", a.world], check=True)
+        subprocess.run([sys.executable, "-m", "lab.toy", "make", a.world], check=True)
     if any("=" not in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
     variants = {name: VARIANTS[name] for name in a.only or VARIANTS} | dict(item.split("=", 1) for item in a.add)
