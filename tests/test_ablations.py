@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import plain_inputs
 
-import counterfactual
+import ablations
 from ablations import DISTANCES, MASKINGS, ORDERS, blocks, distribution_shift
 from policy import score
 
@@ -56,7 +56,7 @@ def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
     rows, distance = [], DISTANCES[kind]
     monkeypatch.setitem(DISTANCES, kind, lambda p, q: rows.append(len(p)) or distance(p, q))
     for words, sizes in ((3 * 7 + 6, [3, 3, 3, 1]), (1, [1] * 10)):         # room for 3 rows of 7 words; for not even one
-        monkeypatch.setattr(counterfactual, "WORDS_AT_ONCE", words)
+        monkeypatch.setattr(ablations, "WORDS_AT_ONCE", words)
         rows.clear()
         assert torch.allclose(distribution_shift(states, other, head, kind), want, atol=1e-6) and rows == sizes
 
