@@ -40,33 +40,6 @@ class Clock:
         self.last = now
 
 
-class Ledger:
-    """GiB of GPU memory by what took it: what the first step leaves, and the peak of the second."""
-
-    def __init__(self, device: torch.device):
-        self.on, self.parts, self.last = device.type == "cuda", defaultdict(float), 0.0
-
-    def __call__(self, part: str) -> None:
-        """Everything allocated since the last call and still held is `part`'s."""
-        if self.on:
-            now = torch.cuda.memory_allocated() / GIB
-            self.parts[part] += now - self.last
-            self.last = now
-
-    def after(self, steps: int) -> dict[str, float]:
-        """Called after each step. GiB by part, once: after the second step. The first one leaves
-        all that lasts; activations are what the second one's peak exceeds the parts by."""
-        if self.on and steps == 1:
-            self("gradients")               # freed just now, or DDP's buckets
-            torch.cuda.reset_peak_memory_stats()
-            self.on = False
-        elif self.parts and steps == 2:
-            peak = torch.cuda.max_memory_allocated() / GIB
-            return {**self.parts, "activations": peak - sum(self.parts.values()), "peak": peak,
-                    "reserved": torch.cuda.max_memory_reserved() / GIB}
-        return {}
-
-
 # ------------------------------------------------------------------------------------------ metrics
 def add_up(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
     """The sums over all ranks, in one collective; every rank must bring the same names."""
@@ -140,15 +113,12 @@ def reporter(o: Options, out: Path):
     try:
         if o.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(str(out))
-            return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
+            return lambda row, to=SummaryWriter(out): to.add_scalars("run", row, row["step"])
         if o.report_to == "wandb":
             import wandb
-            run = wandb.init(project="video-ktr", name=out.name, config=asdict(o))
-            return lambda row: run.log(row, step=row["step"])
+            return wandb.init(project="video-ktr", name=out.name, config=asdict(o)).log
     except ImportError:
-        raise SystemExit(f"error: --report_to {o.report_to} needs it installed: "
-                         f"pip install {o.report_to}") from None
+        raise SystemExit(f"error: pip install {o.report_to}, or leave --report_to out") from None
     return None
 
 
@@ -204,10 +174,6 @@ class Log:
         tqdm.write(line_of(row, steps))
         if self.writer:
             self.writer(row)
-
-    def memory(self, parts: dict[str, float]) -> None:
-        if self.rank == 0 and parts:
-            (self.out / "memory.json").write_text(json.dumps(parts, indent=1))
 
     def sample(self, row: dict) -> None:
         if self.rank == 0:
