@@ -145,8 +145,9 @@ def parse(arguments: list[str] | None = None) -> Options:
 
     An unknown option, or a value that is not allowed, ends the program with one line (exit code 2).
     """
-    parser = HfArgumentParser(Options, description="Video-KTR: GRPO on key tokens",
-                              allow_abbrev=False)
+    parser = HfArgumentParser(
+        Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
+        usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS[preset])
     o = Options(**vars(parser.parse_args(arguments)))
