@@ -70,8 +70,8 @@ def roll_out(o: Options, model: nn.Module, processor: Processor,
     for r in rollouts:
         r.accuracy, r.format = judge(o, processor, r.group, r.prompt.record)
     bonuses = ordered_bonus(rollouts, o, model, partial(judge, o, processor))
-    for r, r.ordered in zip(rollouts, bonuses):
-        pass
+    for r, bonus in zip(rollouts, bonuses):
+        r.ordered = bonus
     return rollouts
 
 

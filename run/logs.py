@@ -137,18 +137,20 @@ class Log:
         """start: steps done; what the files hold of later ones is repeated, and so dropped. A log
         of a run without checkpoint is put aside, as NAME.before-SECONDS."""
         self.out, self.rank, self.writer = out, rank, None
-        skips = rows_of(out / f"skipped.{rank}.jsonl")
-        self.known = {row["row"]: row["reason"] for row in skips}       # not tried again
+        self.known: dict[int, str] = {}         # rows that are not tried again, and why
+        for path in out.glob("skipped.*.jsonl") if start else ():
+            self.known |= {row["row"]: row["reason"] for row in rows_of(path)}
         own = ("log.jsonl", "samples.jsonl") if rank == 0 else ()
         for name in (*own, f"skipped.{rank}.jsonl"):
             path = out / name
-            rows = rows_of(path)
-            if rows and start == 0:
+            if path.exists() and start == 0:
                 path.rename(out / f"{name}.before-{int(time.time())}")
-            elif rows:
-                kept = [row for row in rows if row["step"] <= start]
+            elif path.exists():
+                kept = [row for row in rows_of(path) if row["step"] <= start]
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-                path.write_text("".join(lines), encoding="utf-8")
+                part = out / f"{name}.part"
+                part.write_text("".join(lines), encoding="utf-8")
+                part.replace(path)              # whole, whatever kills this process
         if rank == 0:
             (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
             self.writer = reporter(o, out)

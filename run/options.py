@@ -20,6 +20,7 @@ PRESETS = {
         normalize="selected", kl_on="selected", length_of="selected", seconds="one", top_k=50,
         pixels="released", format_pattern="released"),
 }
+PARTS = ("vision", "projector", "language")     # of the model, policy.parts
 MAY_CHANGE = (      # when a run is continued
     "data", "videos", "out", "leave_out", "max_steps", "epochs", "workers", "save_every", "keep",
     "sample_every", "resume", "report_to", "check", "offload")
@@ -132,8 +133,9 @@ def parse(arguments: list[str] | None = None) -> Options:
 
     An unknown option, or a value that is not allowed, ends the program with one line (exit code 2).
     """
-    parser = HfArgumentParser(Options, description="Video-KTR: GRPO on key tokens",
-                              allow_abbrev=False)
+    parser = HfArgumentParser(
+        Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
+        usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS[preset])
     o = Options(**vars(parser.parse_args(arguments)))
@@ -143,8 +145,10 @@ def parse(arguments: list[str] | None = None) -> Options:
             if not (math.isfinite(value) and allowed(value)):
                 parser.error(f"--{name} must be {what}, not {value}")
     for part in o.freeze:
-        if part not in ("vision", "projector", "language"):
-            parser.error(f"--freeze takes vision, projector, language, not {part!r}")
+        if part not in PARTS:
+            parser.error(f"--freeze takes {', '.join(PARTS)}, not {part!r}")
+    if set(o.freeze) == set(PARTS):
+        parser.error("--freeze leaves nothing to train")
     if o.length_low > o.length_high:
         parser.error(f"--length_low {o.length_low} exceeds --length_high {o.length_high}")
     if o.shards and not o.model.startswith("random:"):
