@@ -21,16 +21,10 @@ from run.options import Options
 
 CLASSES = ("visual", "temporal", "answer", "filler")
 LOOKS = {       # its name: the options that differ
-    "visual": {},
-    "visual, zeroed": {"masking": "zero"},
-    "visual, signed": {"shift": "signed"},
-    "temporal": {},
-    "temporal, reversed": {"order": "reverse"},
-    "temporal, blocks": {"order": "blocks"},
-    "temporal, signed": {"shift": "signed"},
-    "entropy": {},
-    "random": {},
-    "all": {},
+    "visual": {}, "visual, zeroed": {"masking": "zero"}, "visual, signed": {"shift": "signed"},
+    "temporal": {}, "temporal, reversed": {"order": "reverse"},
+    "temporal, blocks": {"order": "blocks"}, "temporal, signed": {"shift": "signed"},
+    "entropy": {}, "random": {}, "all": {},
 }
 
 
@@ -44,13 +38,6 @@ def classes_and_places(group, tokenizer) -> tuple[Tensor, Tensor]:
             classes.append(CLASSES.index(token_class(words, t)))
             places.append(t / max(1, n - 1))
     return torch.tensor(classes), torch.tensor(places)
-
-
-def chosen_by(look: str, r: Rollout, ratio: float, model) -> Tensor:
-    """(n,) bool: the valid tokens that this look chooses."""
-    name = look.split(",")[0]
-    attribute([r], Options(signals=[name], ratio=ratio, **LOOKS[look]), model)
-    return r.chosen[name][r.group.valid].cpu()
 
 
 def share(mask: Tensor) -> float:
@@ -71,10 +58,12 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
         with torch.no_grad():
             ((logp, entropy),) = score_groups(model, [prompt], [group])
-        for look in LOOKS:
+        for look, changes in LOOKS.items():
+            name = look.split(",")[0]
             r = Rollout(prompt, group, seed=i)
             r.logp, r.entropy = logp, entropy
-            parts[look].append(chosen_by(look, r, ratio, model))
+            attribute([r], Options(signals=[name], ratio=ratio, **changes), model)
+            parts[look].append(r.chosen[name][group.valid])
         found.append(classes_and_places(group, processor.tokenizer))
     classes, places = (torch.cat(x) for x in zip(*found))
     masks = {look: torch.cat(part) for look, part in parts.items()}
@@ -87,9 +76,8 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
             "place": places[mask].mean().item()}
     times = masks["visual"].int() + masks["temporal"].int() + masks["entropy"].int()
     union = times[times > 0]
-    table["overlap"] = {"union": len(union) / len(times)}
-    for n in (1, 2, 3):
-        table["overlap"][str(n)] = share(union == n)
+    several = {str(n): share(union == n) for n in (1, 2, 3)}
+    table["overlap"] = {"union": len(union) / len(times), **several}
     print_table(table, ratio)
     return table
 

@@ -11,13 +11,13 @@ import random
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from lab import toy
 from policy import Group, prepare, score_groups
-from prompt import Processor, Prompt, Vision
+from prompt import Processor, Vision
 
 
 def new_model(device: str) -> tuple[nn.Module, Processor]:
@@ -38,20 +38,7 @@ def said_by(teacher: str, tokenizer, device: str) -> Group:
     return Group(ids, torch.ones_like(ids, dtype=torch.bool), ids.float())
 
 
-def supervised_loss(model: nn.Module, prompts: list[Prompt], groups: list[Group]) -> Tensor:
-    """Mean negative log-probability of all completion tokens; groups hold one completion each."""
-    scored = score_groups(model, prompts, groups)
-    return -torch.cat([logp[0] for logp, _ in scored]).mean()
-
-
-def rate(step: int, steps: int, peak: float) -> float:
-    """200 steps of linear warm-up times a cosine from the peak to a fiftieth of it."""
-    cosine = (1 + math.cos(math.pi * (step / steps))) / 2
-    return peak * min(1.0, step / 200) * (0.02 + 0.98 * cosine)
-
-
-def train(folder: Path, steps: int = 3000, batch: int = 64, lr: float = 1e-3,
-          seed: int = 0) -> None:
+def train(folder: Path, steps: int = 3000, batch: int = 64, lr=1e-3, seed: int = 0) -> None:
     """Train a fresh tiny model and write a checkpoint into the folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
@@ -61,14 +48,17 @@ def train(folder: Path, steps: int = 3000, batch: int = 64, lr: float = 1e-3,
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = tqdm(range(steps), desc="cold start", unit="step")
     for step in bar:
+        # 200 steps of linear warm-up times a cosine down to a fiftieth of the peak
+        cosine = (1 + math.cos(math.pi * (step / steps))) / 2
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 200) * (0.02 + 0.98 * cosine)
         careless = step >= 2 * steps // 3
         prompts, groups = [], []
         for _ in range(batch):
             prompt, teacher = toy.example_prompt(rng, processor, careless)
             prompts.append(prompt)
             groups.append(said_by(teacher, processor.tokenizer, device))
-        loss = supervised_loss(model, prompts, groups)
-        optimizer.param_groups[0]["lr"] = rate(step, steps, lr)
+        scored = score_groups(model, prompts, groups)
+        loss = -torch.cat([logp[0] for logp, _ in scored]).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -23,10 +23,7 @@ from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward
 from run.options import Options
 
-RULES = {
-    "Video-KTR": Options(),
-    "random 45%": Options(signals=["random"], ratio=0.45),
-}
+RULES = {"Video-KTR": Options(), "random 45%": Options(signals=["random"], ratio=0.45)}
 
 
 def advantages_of(prompt: Prompt, group: Group, processor: Processor) -> Tensor:
@@ -88,11 +85,9 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     for rule, found in rows.items():
         table[rule] = {name: statistics.mean(row[name] for row in found) for name in found[0]}
     variance = {rule: statistics.variance(values) for rule, values in losses.items()}
-    count = len(rows["Video-KTR"])
-    print(f"last layer's gradient, mean over {count} groups with unequal rewards")
+    print(f"last layer's gradient, mean over {len(found)} groups with unequal rewards")
     for rule, row in table.items():
         print(f"{rule:12} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
               f"cosine with the whole: {row['cosine key']:.3f}, {row['cosine other']:.3f}")
-    shown = ", ".join(f"{rule} {value:.3f}" for rule, value in variance.items())
-    print(f"variance of the loss: {shown}")
+    print("variance of the loss:", *(f"{rule} {value:.3f}" for rule, value in variance.items()))
     return {"gradients": table, "loss variance": variance}

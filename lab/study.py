@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from lab.gradients import gradient_analysis
+from lab.report import plot, smooth
 from lab.stats import detectable, holm, interval, p_value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,31 +213,18 @@ def print_rows(table: dict, compared: list[str]) -> None:
               f"{row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
 
 
-def plot(variants: dict[str, str], a: argparse.Namespace, path: Path) -> None:
-    """Training reward against step, mean over seeds, smoothed; needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+def draw(variants: dict[str, str], a: argparse.Namespace) -> None:
+    """Curves of the training, mean over seeds, as curves.svg and .png; needs matplotlib."""
+    runs, columns = [], ("reward", "accuracy", "kl", "grad_norm")
     for name in variants:
-        runs = []
-        for seed in range(a.seeds):
-            runs.append([row["reward"] for row in read_log(folder_of(a.out, name, seed))])
-        mean = torch.tensor(runs).mean(0)
-        smooth = mean.unfold(0, min(10, len(mean)), 1).mean(-1)
-        width = 2.2 if name in ("GRPO", "Video-KTR") else 1
-        steps = range(len(mean) - len(smooth), len(mean))
-        axes.plot(steps, smooth, label=name, linewidth=width)
-    axes.set(xlabel="step", ylabel="training reward (mean over seeds, 10 steps)")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"plot: {path}")
+        logs = [read_log(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
+        log = {"step": [row["step"] for row in logs[0]]}
+        for column in columns:
+            seeds = [[row[column] for row in rows] for rows in logs]
+            log[column] = [statistics.mean(values) for values in zip(*seeds)]
+        smoothed = {column: smooth(values) for column, values in log.items()}
+        runs.append({"name": name, "log": log, "smooth": smoothed})
+    plot(runs, columns, Path(a.out, "curves"))
 
 
 def main() -> None:
@@ -274,7 +262,7 @@ def main() -> None:
     table = make_table(variants, a)
     saved = {"options": vars(a), "variants": variants, "table": table}
     Path(a.out, "table.json").write_text(json.dumps(saved, indent=1))
-    plot(variants, a, Path(a.out, "reward.png"))
+    draw(variants, a)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ OPENINGS = ("let me think .", "hmm , let me see .", "ok , watch closely .", "wai
 NOTICES = ("i see", "there is", "i notice")
 CLOSINGS = ("so", "thus", "hence", "therefore")
 KINDS = ("colour", "motion", "order", "count")
+OPTIONS = {"colour": list(COLOURS), "motion": list(WAYS), "order": list(SHAPES), "count": []}
 
 
 # ------------------------------------------------------------------------------------------- clips
@@ -88,12 +89,10 @@ def new_scene(rng: random.Random, kind: str) -> dict:
     colours = rng.sample(list(COLOURS), count)
     first = rng.randrange(2)
     things = []
-    for i in range(count):
-        way = rng.choice(list(WAYS))
-        centre = (rng.randint(24, 32), rng.randint(24, 32))
+    for i, (shape, colour) in enumerate(zip(shapes, colours)):
+        way, centre = rng.choice(list(WAYS)), (rng.randint(24, 32), rng.randint(24, 32))
         start = 4 if count == 2 and i != first else 0
-        things.append({"shape": shapes[i], "colour": colours[i], "way": way, "start": start,
-                       "centre": centre})
+        things.append(dict(shape=shape, colour=colour, way=way, start=start, centre=centre))
     if count == 1:
         return {"things": things, "flashes": []}
     number = rng.randint(1, 4)
@@ -120,33 +119,29 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
 
 
 # --------------------------------------------------------------------------------------- questions
+def by_time(scene: dict) -> list[dict]:
+    return sorted(scene["things"], key=lambda thing: thing["start"])
+
+
 def new_question(rng: random.Random, scene: dict, kind: str) -> dict:
-    """The record of a question of this kind, without problem_id and path; "truth" is the right
-    word."""
+    """The record of a question of this kind, without problem_id and path; "truth" is a word."""
     still = len(scene["things"]) == 1
     thing = rng.choice(scene["things"])
     if kind == "colour":
-        text, words = f"What colour is the {thing['shape']}?", list(COLOURS)
-        truth = thing["colour"]
+        text, truth = f"What colour is the {thing['shape']}?", thing["colour"]
     elif kind == "motion":
-        text, words = f"Which way does the {thing['shape']} move?", list(WAYS)
-        truth = thing["way"]
+        text, truth = f"Which way does the {thing['shape']} move?", thing["way"]
     elif kind == "order":
-        text, words = "Which shape comes first?", list(SHAPES)
-        truth = min(scene["things"], key=lambda x: x["start"])["shape"]
+        text, truth = "Which shape comes first?", by_time(scene)[0]["shape"]
     else:
-        text, words = "How many flashes are there?", []
-        truth = str(len(scene["flashes"]))
+        text, truth = "How many flashes are there?", str(len(scene["flashes"]))
+    words = OPTIONS[kind]
     answer = chr(65 + words.index(truth)) if words else truth
-    return {
-        "problem": text,
-        "data_type": "image" if still else "video",
-        "problem_type": "multiple choice" if words else "numerical",
-        "options": [f"{chr(65 + i)}. {word}" for i, word in enumerate(words)],
-        "solution": f"<answer>{answer}</answer>",
-        "data_source": "image" if still else kind,
-        "truth": truth,
-    }
+    return {"problem": text, "data_type": "image" if still else "video",
+            "problem_type": "multiple choice" if words else "numerical",
+            "options": [f"{chr(65 + i)}. {word}" for i, word in enumerate(words)],
+            "solution": f"<answer>{answer}</answer>",
+            "data_source": "image" if still else kind, "truth": truth}
 
 
 def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True) -> str:
@@ -165,7 +160,7 @@ def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True) 
     opening, joint = rng.choice(OPENINGS), rng.choice(("and", "also"))
     text = f"{opening} " + f" {joint} ".join(parts) + " ."
     if video:
-        first, second = (x["shape"] for x in sorted(things, key=lambda x: x["start"]))
+        first, second = (thing["shape"] for thing in by_time(scene))
         first, count = say(first, second), say(str(len(scene["flashes"])))
         text += f" first {first} . {count} flashes ."
 
@@ -177,11 +172,9 @@ def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True) 
     else:
         subject = next(shape for shape in SHAPES if shape in record["problem"])
         value = named[subject][1 if kind == "motion" else 0]
-    answer, letter = value, ""
-    if record["options"]:
-        words = [option[3:] for option in record["options"]]
-        answer = chr(65 + words.index(value))
-        letter = f" {answer}"
+    words = [option[3:] for option in record["options"]]
+    answer = chr(65 + words.index(value)) if words else value
+    letter = f" {answer}" if words else ""
     closing = f"{rng.choice(CLOSINGS)} {subject} {value}{letter} ."
     return f"<think> {text} {closing} </think> <answer> {answer} </answer>"
 
@@ -260,14 +253,14 @@ def new_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL with 1.07 million parameters; every part of the 7B is there."""
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    text = dict(
-        vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=4096, rms_norm_eps=1e-6, rope_parameters=rope, bos_token_id=None,
-        eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    vision = dict(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
-        window_size=112, fullatt_block_indexes=[1], tokens_per_second=2)
+    text = dict(vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
+                num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=4096, rms_norm_eps=1e-6, rope_parameters=rope,
+                bos_token_id=None, eos_token_id=token("<|im_end|>"),
+                pad_token_id=token("<|endoftext|>"))
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
+                  out_hidden_size=128, window_size=112, fullatt_block_indexes=[1],
+                  tokens_per_second=2)
     return Qwen2_5_VLConfig(
         text_config=text, vision_config=vision,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
@@ -287,18 +280,16 @@ def example_prompt(rng: random.Random, processor: Processor,
 # ---------------------------------------------------------------------------------------- commands
 def print_table(out: Path) -> None:
     """What train.sh ends with: accuracy before and after by kind of question."""
-    scores = {}
-    for when in ("before", "after"):
-        scores[when] = json.loads((out / when / "scores.json").read_text())["scores"]
+    earlier, later = (json.loads((out / when / "scores.json").read_text())["scores"]
+                      for when in ("before", "after"))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     print(f"\n{'test questions':16} {'n':>5}   before    after     gain   unparsed")
-    for kind, row in scores["after"].items():
-        before, after = 100 * scores["before"][kind]["strict"], 100 * row["strict"]
+    for kind, row in later.items():
+        before, after = 100 * earlier[kind]["strict"], 100 * row["strict"]
         print(f"{kind.removeprefix('kind: '):16} {row['n']:5d}   {before:5.1f}%   {after:5.1f}%   "
               f"{after - before:+5.1f}   {row['unparsed']:8d}")
-    seconds = sum(row["seconds"] for row in log)
-    print(f"{len(log)} steps in {seconds:.0f} s; checkpoint {out / 'final'}, "
-          f"log {out / 'log.jsonl'}, samples {out / 'samples.jsonl'}")
+    print(f"{len(log)} steps in {sum(row['seconds'] for row in log):.0f} s; checkpoint "
+          f"{out / 'final'}, log {out / 'log.jsonl'}, samples {out / 'samples.jsonl'}")
 
 
 def main() -> None:
