@@ -150,6 +150,8 @@ class Limits:
     max_pixels: int = 128 * 28 * 28
     image_pixels: int = 512 * 28 * 28
     max_prompt: int = 16384
+    pixels: str = 'paper'
+    seconds: str = 'one'
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Prompts(torch.utils.data.Dataset):
     """Map-style data set: index -> Prompt, or Skipped where the record cannot be used."""
 
     def __init__(self, records: Sequence[dict], root: str | Path, processor: Processor, limits: Limits = Limits(),
-                 template: str = QUESTION_TRAIN):
+                 template: str = QUESTION_TRAIN, known=None):
         self.records, self.root, self.processor = records, root, processor
         self.limits, self.template = limits, template
 
@@ -196,7 +198,7 @@ class Prompts(torch.utils.data.Dataset):
 def loader(dataset: torch.utils.data.Dataset, indices: Sequence[int], workers: int, ahead: int = 4) -> torch.utils.data.DataLoader:
     """Items of `dataset` in the order of `indices`, decoded in worker processes `ahead` items before they are needed."""
     return torch.utils.data.DataLoader(
-        dataset, sampler=list(indices), batch_size=None, num_workers=workers, collate_fn=lambda item: item,
+        dataset, sampler=list(indices), batch_size=None, num_workers=workers, collate_fn=None if False else (lambda item: item),
         prefetch_factor=ahead if workers else None, persistent_workers=False)
 
 

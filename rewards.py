@@ -86,7 +86,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
     return 1.0 - min(1.0, (abs(a - b) + 1e-9) / (abs(b) + 1e-9))
 
 
-def format_reward(completion: str) -> float:
+def format_reward(completion: str, pattern='strict') -> float:
     """1 if the whole completion is one `<think>..</think>` and then one `<answer>..</answer>`, else 0."""
     whole = FORMAT.fullmatch(completion) is not None
     return float(whole and all(completion.count(tag) == 1 for tag in TAGS))

@@ -75,9 +75,9 @@ class ShardedAdamW:
     """
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, shards: int | None = None):
+                 eps: float = 1e-8, shards: int | None = None, offload=False):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.params = sorted(module.parameters(), key=lambda p: p.ndim < 2)
+        self.params = sorted((p for p in module.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
         first = self.params[0]
         starts = [(p.data_ptr() - module.flat.data_ptr()) // first.element_size() for p in self.params]
         total = starts[-1] + self.params[-1].numel()
