@@ -15,8 +15,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from engine.prepare import prepare
 from lab import toy
-from policy import Group, prepare, score_groups
+from policy import Group, score_groups
 from prompt import Processor, Vision
 
 
