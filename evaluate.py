@@ -29,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Limits, check_record, load_media, loader, read_json
-from engine.sharded import distributed, leave
+from run.distributed import distributed, leave
 from policy import load, sample
 from prompt import QUESTION_EVAL, TYPE, BadRecord, Processor, Prompt
 from scores import (BENCHMARKS, FACTS, PROTOCOLS, benchmark_of, compare, read_predictions,
