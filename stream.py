@@ -156,7 +156,7 @@ class Stream:
         return self.ahead[(step - self.first + 1) * self.B - 1][0] + 1
 
     def shown(self, place: int, index: int) -> list[int]:
-        """The indices of what is looked at for a prompt: its record, and another clip's if asked."""
+        """The indices of a prompt's record, and of another clip's if asked for."""
         if self.o.masking != "replace":
             return [index]
         seed = seed_of(self.o, place)
