@@ -151,6 +151,9 @@ class Stream:
         start = (step - self.first) * self.B + self.rank * self.A
         return self.ahead[start:start + self.A]
 
+    def records_of(self, step: int) -> list[dict]:
+        return [self.records[index] for _, index in self.own(step)]
+
     def place_after(self, step: int) -> int:
         """Where the run's order goes on when a step is done."""
         return self.ahead[(step - self.first + 1) * self.B - 1][0] + 1
