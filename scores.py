@@ -115,8 +115,8 @@ def read_predictions(path: str) -> tuple[dict, list[dict]]:
     rows = rows.get("results", [rows]) if isinstance(rows, dict) else rows
     settings, answers, scores = {}, {}, file.with_name("scores.json")
     if file.name == "predictions.jsonl" and scores.is_file():
-        settings = json.loads(scores.read_text("utf-8"))["settings"]
-    for i, row in enumerate(rows):
+        settings = json.loads(scores.read_text("utf-8")).get("settings", {})
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
         if isinstance(row, dict) and "settings" in row:
             settings = row["settings"]
             continue
