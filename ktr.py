@@ -38,7 +38,7 @@ from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
 from run import checkpoint
 from run.distributed import distributed, leave
-from run.logs import Clock, Ledger, Log, add_up, counted, sample_of
+from run.logs import Clock, Log, add_up, counted, sample_of
 from run.options import MAY_CHANGE, Options, parse
 from stream import UNUSABLE, Stream, preflight
 
@@ -70,8 +70,8 @@ def roll_out(o: Options, model: nn.Module, processor: Processor,
     for r in rollouts:
         r.accuracy, r.format = judge(o, processor, r.group, r.prompt.record)
     bonuses = ordered_bonus(rollouts, o, model, partial(judge, o, processor))
-    for r, r.ordered in zip(rollouts, bonuses):
-        pass
+    for r, bonus in zip(rollouts, bonuses):
+        r.ordered = bonus
     return rollouts
 
 
@@ -153,24 +153,21 @@ def watch(o: Options, model: nn.Module, processor: Processor,
 
 
 # -------------------------------------------------------------------------------------------- main
-def build(o: Options, resumed: Path | None, world: int, device: torch.device, memory: Ledger):
+def build(o: Options, resumed: Path | None, world: int, device: torch.device):
     """(model, processor, optimizer, scorer, reference): what is trained, and with what."""
     model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
     trained = freeze(model, o.freeze)
     if int(os.environ.get("RANK", 0)) == 0:
         print(trained)
-    memory("weights")
     if o.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = ShardedAdamW(model, o.lr, o.weight_decay, shards=o.shards or None,
                              offload=o.offload)
-    memory("optimizer")
     reference = None
     if o.beta > 0:
         reference, _ = load(o.model, device, model.dtype, seed=1)
         reference.requires_grad_(False)
-    memory("reference")
     scorer: nn.Module = Scorer(model)
     if world > 1:
         torch._dynamo.config.optimize_ddp = False               # layers are compiled one by one
@@ -179,7 +176,6 @@ def build(o: Options, resumed: Path | None, world: int, device: torch.device, me
                                          broadcast_buffers=False)
         scorer([], []).backward()       # from now on gradients live in DDP's buckets: accumulated,
         optimizer.zero_grad()           # they would otherwise be held twice
-    memory("gradients")
     return model, processor, optimizer, scorer, reference
 
 
@@ -218,14 +214,16 @@ def main(o: Options) -> None:
         return print(f"ready: {len(records)} records in {o.data}, model {o.model}")
     leaving = checkpoint.Preemption()
     rank, world, device = distributed()
-    out, memory = Path(o.out), Ledger(device)
+    out = Path(o.out)
     out.mkdir(parents=True, exist_ok=True)
     resumed = checkpoint.newest(out)
-    model, processor, optimizer, scorer, reference = build(o, resumed, world, device, memory)
+    model, processor, optimizer, scorer, reference = build(o, resumed, world, device)
     state = fresh_state(o, records, world)
     if resumed:
         state = checkpoint.load_state(resumed, optimizer, state)
     log = Log(o, out, rank, state["step"])
+    if rank == 0:
+        checkpoint.sweep(out)
     stream = Stream(o, records, left_out, processor, log, rank, world, state)
     first, steps, A = stream.first, stream.steps, o.prompts_per_step
     watched = stream.watched() if rank == 0 and first < steps else None
@@ -238,21 +236,18 @@ def main(o: Options) -> None:
             clock("data")
             rollouts = roll_out(o, model, processor, prompts)
             clock("sample")
-            memory("decoding")
             rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]
             parts = batches(rows, ROW_TOKENS) or [slice(0)]
             for part in parts:
                 last = part is parts[-1]        # DDP averages in the last backward
                 with nullcontext() if last or world == 1 else scorer.no_sync():
                     learn(o, scorer, reference, rollouts[part], 1 / A, clock)
-        memory("gradients")
 
         norm = optimizer.grad_norm()            # the same on every rank
         totals = add_up(counted(o, rollouts, leaving.asked), device)
         finite = math.isfinite(norm)
         if finite and totals["prompts"]:
             optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))
-        memory("optimizer")
         optimizer.zero_grad()
         clock("step")
 
@@ -262,7 +257,6 @@ def main(o: Options) -> None:
                   "not_finite": 0 if finite else state["not_finite"] + 1}
         log.step(step + 1, steps, totals, {"grad_norm": norm, "lr": lr,
                                            "skipped": state["skipped"]}, clock)
-        log.memory(memory.after(step + 1 - first))
         if rank == 0 and (step + 1) % (o.sample_every or max(1, steps // 100)) == 0:
             for r in rollouts[:1]:
                 log.sample(sample_of(r, step + 1, processor.tokenizer))

@@ -58,8 +58,9 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
              f"{malformed[0]}")
     if not usable:
         fail(f"{o.data}: no usable records")
-    if o.masking == "replace" and len({record["path"] for record in records}) < 2:
-        fail(f"--masking replace: {o.data} has no clip but {records[0]['path']}")
+    paths = {record["path"] for record in records if record["row"] in usable}
+    if o.masking == "replace" and len(paths) < 2:
+        fail(f"--masking replace: {o.data} has no clip but {paths.pop()}")
     trial = [i for i, record in enumerate(records) if record["row"] in usable][:3]
     data = Prompts(records, o.videos, processor, limits_of(o))
     tried = list(loader(data, trial, workers=min(1, o.workers)))
@@ -118,12 +119,12 @@ def seed_of(o: Options, place: int) -> int:
     return 2 * Random(f"{o.seed} {place}").getrandbits(31)
 
 
-def another_clip(records: list[dict], index: int, seed: int) -> int:
+def another_clip(records: list[dict], left_out: set[int], index: int, seed: int) -> int:
     """The index of a record about another clip, picked by chance, for --masking replace."""
     random = Random(seed)
     while True:
         other = random.randrange(len(records))
-        if records[other]["path"] != records[index]["path"]:
+        if other not in left_out and records[other]["path"] != records[index]["path"]:
             return other
 
 
@@ -143,7 +144,7 @@ class Stream:
             for place, index in self.own(step):
                 wanted.append(index)
                 if o.masking == "replace":
-                    wanted.append(another_clip(records, index, seed_of(o, place)))
+                    wanted.append(another_clip(records, left_out, index, seed_of(o, place)))
         self.items = iter(loader(self.data, wanted, o.workers))
 
     def own(self, step: int) -> list[tuple[int, int]]:
@@ -176,7 +177,7 @@ class Stream:
         index, seed = order[0][1], seed_of(self.o, -1)
         indices = [index]
         if self.o.masking == "replace":
-            indices.append(another_clip(self.records, index, seed))
+            indices.append(another_clip(self.records, self.left_out, index, seed))
         items = list(loader(self.data, indices, workers=min(1, self.o.workers)))
         if any(isinstance(item, Skipped) for item in items):
             return None

@@ -45,8 +45,13 @@ def all_of(out: Path) -> list[Path]:
 
 def newest(out: Path) -> Path | None:
     """The newest complete checkpoint in a run's folder."""
-    found = all_of(out)
-    return found[-1] if found else None
+    return all_of(out)[-1] if all_of(out) else None
+
+
+def sweep(out: Path) -> None:
+    """Remove what a kill during a save has left. For rank 0, before the first step."""
+    for part in out.glob("checkpoint-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save(out: Path, model, processor, optimizer, state: dict, options: dict, steps: int,
@@ -61,23 +66,15 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
     part = final.with_suffix(".part")
     failure = None
     try:
+        (part / "training_state").mkdir(parents=True, exist_ok=True)
+        own = {"optimizer": optimizer.state_dict(), **state}
+        torch.save(own, part / "training_state" / f"rank-{rank:04d}.pt")
         if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            (part / "training_state").mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    try:
-        if agree(failure is None, model.device):                # the folder is there
-            own = {"optimizer": optimizer.state_dict(), **state}
-            torch.save(own, part / "training_state" / f"rank-{rank:04d}.pt")
-            if rank == 0:
-                model.save_pretrained(part)
-                processor.save(part)
-                card = CARD.format(base=options["model"], step=state["step"], steps=steps,
-                                   options=json.dumps(options, indent=2))
-                (part / "README.md").write_text(card)
-        elif failure is None:
-            failure = OSError("rank 0 could not make the folder")
+            model.save_pretrained(part)
+            processor.save(part)
+            (part / "README.md").write_text(CARD.format(
+                base=options["model"], step=state["step"], steps=steps,
+                options=json.dumps(options, indent=2)))
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
         failure = error                                         # RuntimeError
     if not agree(failure is None, model.device):

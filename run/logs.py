@@ -40,33 +40,6 @@ class Clock:
         self.last = now
 
 
-class Ledger:
-    """GiB of GPU memory by what took it: what the first step leaves, and the peak of the second."""
-
-    def __init__(self, device: torch.device):
-        self.on, self.parts, self.last = device.type == "cuda", defaultdict(float), 0.0
-
-    def __call__(self, part: str) -> None:
-        """Everything allocated since the last call and still held is `part`'s."""
-        if self.on:
-            now = torch.cuda.memory_allocated() / GIB
-            self.parts[part] += now - self.last
-            self.last = now
-
-    def after(self, steps: int) -> dict[str, float]:
-        """Called after each step. GiB by part, once: after the second step. The first one leaves
-        all that lasts; activations are what the second one's peak exceeds the parts by."""
-        if self.on and steps == 1:
-            self("gradients")               # freed just now, or DDP's buckets
-            torch.cuda.reset_peak_memory_stats()
-            self.on = False
-        elif self.parts and steps == 2:
-            peak = torch.cuda.max_memory_allocated() / GIB
-            return {**self.parts, "activations": peak - sum(self.parts.values()), "peak": peak,
-                    "reserved": torch.cuda.max_memory_reserved() / GIB}
-        return {}
-
-
 # ------------------------------------------------------------------------------------------ metrics
 def add_up(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
     """The sums over all ranks, in one collective; every rank must bring the same names."""
@@ -140,15 +113,12 @@ def reporter(o: Options, out: Path):
     try:
         if o.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(str(out))
-            return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
+            return lambda row, to=SummaryWriter(out): to.add_scalars("run", row, row["step"])
         if o.report_to == "wandb":
             import wandb
-            run = wandb.init(project="video-ktr", name=out.name, config=asdict(o))
-            return lambda row: run.log(row, step=row["step"])
+            return wandb.init(project="video-ktr", name=out.name, config=asdict(o)).log
     except ImportError:
-        raise SystemExit(f"error: --report_to {o.report_to} needs it installed: "
-                         f"pip install {o.report_to}") from None
+        raise SystemExit(f"error: pip install {o.report_to}, or leave --report_to out") from None
     return None
 
 
@@ -167,18 +137,20 @@ class Log:
         """start: steps done; what the files hold of later ones is repeated, and so dropped. A log
         of a run without checkpoint is put aside, as NAME.before-SECONDS."""
         self.out, self.rank, self.writer = out, rank, None
-        skips = rows_of(out / f"skipped.{rank}.jsonl")
-        self.known = {row["row"]: row["reason"] for row in skips}       # not tried again
+        self.known: dict[int, str] = {}         # rows that are not tried again, and why
+        for path in out.glob("skipped.*.jsonl") if start else ():
+            self.known |= {row["row"]: row["reason"] for row in rows_of(path)}
         own = ("log.jsonl", "samples.jsonl") if rank == 0 else ()
         for name in (*own, f"skipped.{rank}.jsonl"):
             path = out / name
-            rows = rows_of(path)
-            if rows and start == 0:
+            if path.exists() and start == 0:
                 path.rename(out / f"{name}.before-{int(time.time())}")
-            elif rows:
-                kept = [row for row in rows if row["step"] <= start]
+            elif path.exists():
+                kept = [row for row in rows_of(path) if row["step"] <= start]
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-                path.write_text("".join(lines), encoding="utf-8")
+                part = out / f"{name}.part"
+                part.write_text("".join(lines), encoding="utf-8")
+                part.replace(path)              # whole, whatever kills this process
         if rank == 0:
             (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
             self.writer = reporter(o, out)
@@ -204,10 +176,6 @@ class Log:
         tqdm.write(line_of(row, steps))
         if self.writer:
             self.writer(row)
-
-    def memory(self, parts: dict[str, float]) -> None:
-        if self.rank == 0 and parts:
-            (self.out / "memory.json").write_text(json.dumps(parts, indent=1))
 
     def sample(self, row: dict) -> None:
         if self.rank == 0:

@@ -20,6 +20,7 @@ PRESETS = {
         normalize="selected", kl_on="selected", length_of="selected", seconds="one", top_k=50,
         pixels="released", format_pattern="released"),
 }
+PARTS = ("vision", "projector", "language")     # of the model, policy.parts
 MAY_CHANGE = (      # when a run is continued
     "data", "videos", "out", "leave_out", "max_steps", "epochs", "workers", "save_every", "keep",
     "sample_every", "resume", "report_to", "check", "offload")
@@ -44,15 +45,13 @@ class Options:
     out: str = option("runs/ktr", "where checkpoints, log.jsonl and samples.jsonl go")
     leave_out: str = option("", "records to pass over: a list that `data.py check` wrote")
     preset: str = one_of("paper", "released", help="sets every choice where the two differ")
-    freeze: list[str] = option([], "parts that are not trained, of: vision, projector, language "
-                               "(default: none, all weights are trained, as in the release)")
+    freeze: list[str] = option([], "of vision, projector, language; default: train all weights")
     # attribution
-    signals: list[str] = option(["visual", "temporal", "entropy"],
-                                "of attribution.SIGNALS (all: plain GRPO)")
-    ratio: float = option(0.2, "share of the tokens that each signal keeps (paper: 20%%)")
+    signals: list[str] = option(["visual", "temporal", "entropy"], "of attribution.SIGNALS")
+    ratio: float = option(0.2, "share of the tokens that each signal keeps")
     shift: str = one_of("abs", "signed", help="how a change of log-probability becomes a score")
-    masking: str = one_of("hide", "zero", "half", "replace", help="masked video: tokens not "
-                          "attended to, features zeroed, half of the tokens, another clip")
+    masking: str = one_of("hide", "zero", "half", "replace", help="video tokens not attended to, "
+                          "features zeroed, half of the tokens, another clip")
     positions: str = one_of("unchanged", "moved", help="of the text when the video is hidden")
     order: str = one_of("random", "reverse", "blocks", help="of the frames when shuffled")
     distance: str = one_of("logp", "l1", "l2", "kl", "js", "hellinger", "cosine",
@@ -76,10 +75,8 @@ class Options:
     length_low: int = option(320, "shortest completion that earns the length bonus")
     length_high: int = option(512, "longest completion that earns it")
     length_bonus: float = option(0.2, "the bonus")
-    ordered_bonus: float = option(0.0, "T-GRPO's, for right completions where order helps "
-                                  "(Video-R1: 0.3)")
-    ordered_factor: float = option(1.0, "T-GRPO: order helps if accuracy >= this x accuracy on "
-                                   "shuffled frames (released: 0.8)")
+    ordered_bonus: float = option(0.0, "T-GRPO: for right answers where order helps (there: 0.3)")
+    ordered_factor: float = option(1.0, "T-GRPO: .. if accuracy >= this x that on shuffled frames")
     # optimisation
     lr: float = option(2e-6, "peak learning rate, one value for every variant")
     warmup_steps: int = option(0, "steps of linear warm-up before the cosine")
@@ -94,25 +91,22 @@ class Options:
     sample_fps: float = option(2.0, "frames per second of the clip")
     seconds: str = one_of("one", "true", help="between temporal patches: 1.0, as the recipe's "
                           "checkpoint learnt it, or the clip's own, for a stock Qwen2.5-VL")
-    pixels: str = one_of("paper", "released", help="limits on pixels: the next two, or the "
-                         "release's (docs/tokens.md)")
+    pixels: str = one_of("paper", "released", help="the next two, or the release's limits")
     max_pixels: int = option(128 * 28 * 28, "pixels per frame at most")
     image_pixels: int = option(512 * 28 * 28, "pixels of a still image at most")
     max_prompt: int = option(16384, "tokens; longer prompts are skipped, never cut")
     workers: int = option(min(4, os.cpu_count() or 1), "decoding processes per rank")
     # running
-    dtype: str = one_of("bfloat16", "float32", help="of the weights that compute; the "
-                        "optimizer's are fp32")
+    dtype: str = one_of("bfloat16", "float32", help="of the computing weights, not the optimizer's")
     checkpointing: bool = option(True, "recompute activations in the backward pass")
-    offload: bool = option(False, "keep the optimizer's state in host memory: 7B on one GPU")
+    offload: bool = option(False, "optimizer's state in host memory: trains the 7B on one GPU")
     save_every: int = option(250, "steps between checkpoints (7B: 116 GB each); 0: none at all")
     keep: int = option(2, "checkpoints kept")
     sample_every: int = option(0, "steps between samples; 0: a hundred samples a run")
-    resume: str = one_of("auto", "never", help="auto: go on from the newest checkpoint in --out; "
-                         "never: refuse a used --out")
+    resume: str = one_of("auto", "never", help="go on from the newest checkpoint in --out, or "
+                         "refuse a used --out")
     report_to: str = one_of("none", "tensorboard", "wandb", help="besides log.jsonl")
-    shards: int = option(0, "hold one of this many parts of the optimizer's state: for dry runs "
-                         "with random weights only")
+    shards: int = option(0, "hold one of so many parts of the state: dry runs with random weights")
     check: bool = option(False, "check model, data and machine, then stop")
 
     @property
@@ -121,22 +115,16 @@ class Options:
         return {name: 1.0 if name == "all" else self.ratio for name in self.signals}
 
 
-ALLOWED = {         # values: (whether one is, the options it holds for)
-    "above 0": (lambda x: x > 0,
-        "temperature clip lr max_grad_norm sample_fps max_pixels "
-        "image_pixels"),
-    "0 or more": (lambda x: x >= 0,
-        "top_k beta length_low length_high length_bonus ordered_bonus "
-        "ordered_factor warmup_steps weight_decay max_steps workers "
-        "save_every sample_every shards"),
-    "1 or more": (lambda x: x >= 1,
-        "max_new_tokens epochs prompts_per_step max_prompt keep"),
-    "2 or more": (lambda x: x >= 2,
-        "G max_frames"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1,
-        "ratio"),
-    "above 0 and at most 1": (lambda x: 0 < x <= 1,
-        "top_p"),
+ALLOWED = {         # what values may be: (whether one is, the options that it holds for)
+    "above 0": (lambda x: x > 0, "temperature clip lr max_grad_norm sample_fps max_pixels "
+                                 "image_pixels"),
+    "0 or more": (lambda x: x >= 0, "top_k beta length_low length_high length_bonus ordered_bonus "
+                                    "ordered_factor warmup_steps weight_decay max_steps workers "
+                                    "save_every sample_every shards"),
+    "1 or more": (lambda x: x >= 1, "max_new_tokens epochs prompts_per_step max_prompt keep"),
+    "2 or more": (lambda x: x >= 2, "G max_frames"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "ratio"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
 }
 
 
@@ -145,8 +133,9 @@ def parse(arguments: list[str] | None = None) -> Options:
 
     An unknown option, or a value that is not allowed, ends the program with one line (exit code 2).
     """
-    parser = HfArgumentParser(Options, description="Video-KTR: GRPO on key tokens",
-                              allow_abbrev=False)
+    parser = HfArgumentParser(
+        Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
+        usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS[preset])
     o = Options(**vars(parser.parse_args(arguments)))
@@ -156,8 +145,10 @@ def parse(arguments: list[str] | None = None) -> Options:
             if not (math.isfinite(value) and allowed(value)):
                 parser.error(f"--{name} must be {what}, not {value}")
     for part in o.freeze:
-        if part not in ("vision", "projector", "language"):
-            parser.error(f"--freeze takes vision, projector, language, not {part!r}")
+        if part not in PARTS:
+            parser.error(f"--freeze takes {', '.join(PARTS)}, not {part!r}")
+    if set(o.freeze) == set(PARTS):
+        parser.error("--freeze leaves nothing to train")
     if o.length_low > o.length_high:
         parser.error(f"--length_low {o.length_low} exceeds --length_high {o.length_high}")
     if o.shards and not o.model.startswith("random:"):
