@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 import policy  # noqa: E402
 from lab import cold_start, toy  # noqa: E402
