@@ -148,10 +148,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_video(path: str | Path, max_frames: int = 16,
-               sample_fps: float = 2.0) -> tuple[np.ndarray, float]:
-    """Frames (n, H, W, 3) uint8 and the seconds between them. BadRecord if decord refuses the file;
-    on some damaged files it aborts the process, which `loader` outlives."""
+def read_video(path: str | Path, max_frames: int = 16, sample_fps: float = 2.0,
+               stamped: bool = False) -> tuple[np.ndarray, float]:
+    """Frames (n, H, W, 3) uint8 and the seconds between them: the clip's length / n, as the Qwen2
+    families learnt it, or as their times say (`stamped`). BadRecord if decord refuses the file; on
+    some damaged files it aborts the process, which `loader` outlives."""
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     try:
@@ -162,6 +163,8 @@ def read_video(path: str | Path, max_frames: int = 16,
         indices = frame_indices(total, fps, max_frames, sample_fps)
         frames = reader.get_batch(indices).asnumpy()
         del reader
+        if stamped:
+            return frames, indices[-1] / fps / max(1, len(indices) - 1)
     except (decord.DECORDError, RuntimeError, OSError, MemoryError) as error:
         raise BadRecord(f"{path}: cannot be decoded: {first_line(error)}") from None
     return frames, total / fps / len(indices)
@@ -192,7 +195,8 @@ class Limits:
     seconds between temporal patches: "one" is 1.0 for every clip, as in the release, where the
     frame rate never reached the model: what the recipe's checkpoint learnt in its supervised cold
     start, and was sampled and scored with (true seconds change a token's log-probability by up to
-    1.14 nats). "true" is the clip's own, for checkpoints that learnt it, as Qwen2.5-VL itself.
+    1.14 nats). "true" is the clip's own, for checkpoints that learnt it, as Qwen2.5-VL itself;
+    where the prompt says the times in words (Qwen3-VL), they are the clip's own in any case.
     """
     max_frames: int = 16
     sample_fps: float = 2.0
@@ -225,8 +229,9 @@ def load_media(record: dict, root: str | Path, limits: Limits,
         if record["data_type"] == "image":
             frames, seconds = read_image(path), 1.0
         else:
-            frames, seconds = read_video(path, limits.max_frames, limits.sample_fps)
-        if limits.seconds == "one":
+            frames, seconds = read_video(path, limits.max_frames, limits.sample_fps,
+                                         vision.timestamps)
+        if limits.seconds == "one" and not vision.timestamps:
             seconds = 1.0 / vision.temporal
         least, most = limits.area(record["data_type"], len(frames))
         return fit(frames, most, vision, least), seconds
