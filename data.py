@@ -25,7 +25,7 @@ from PIL import Image  # decord does not read still images
 from tqdm import tqdm
 
 from engine.workers import loader
-from prompt import QUESTION_TRAIN, BadRecord, Processor, Prompt, Vision, fit, name_of
+from prompt import QUESTION_TRAIN, BadRecord, Processor, Prompt, Vision, fit, name_of, one_line
 from rewards import PROBLEM_TYPES, extract_answer
 
 FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # the release's
@@ -145,7 +145,7 @@ def frame_indices(total: int, fps: float, max_frames: int = 16, sample_fps: floa
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_video(path: str | Path, max_frames: int = 16,
@@ -231,7 +231,7 @@ def load_media(record: dict, root: str | Path, limits: Limits,
         least, most = limits.area(record["data_type"], len(frames))
         return fit(frames, most, vision, least), seconds
     except BadRecord as error:
-        raise BadRecord(f"{name_of(record)}: {error}") from None
+        raise BadRecord(f"{name_of(record)}: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Prompts:
     def lost(self, index: int, reason: str) -> Skipped:
         """What stands for a record whose decoding process died or hung."""
         record = self.records[index]
-        return Skipped(record, f"{name_of(record)}: {record['path']}: {reason}")
+        return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}")
 
 
 # -------------------------------------------------------------------------------------------- check

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Limits, check_record, load_media, loader, read_json
-from engine.sharded import distributed, leave
+from run.distributed import distributed, leave
 from policy import load, sample
-from prompt import QUESTION_EVAL, TYPE, BadRecord, Processor, Prompt
+from prompt import QUESTION_EVAL, TYPE, BadRecord, Processor, Prompt, name_of
 from scores import (BENCHMARKS, FACTS, PROTOCOLS, benchmark_of, compare, read_predictions,
                     report)
 
@@ -64,7 +64,7 @@ def worded(record: dict, protocol: str, benchmark: str) -> dict:
     for letter, option in zip(ascii_uppercase, record["options"]):
         text = re.sub(rf"^\s*\(?{letter}\s*[.):]\s*", "", option)
         options.append(words["option"].format(letter=letter, text=text))
-    template = words["text"] if options else words["without_options"]
+    template = words["text"] if options else words.get("without_options", words["text"])
     question = record["problem"].strip().removesuffix("Options:").strip()
     text = template.format(question=question, options=words["between"].join(options))
     return {**record, "whole_prompt": text}
@@ -104,15 +104,16 @@ class Clips:
         return len(self.groups)
 
     def lost(self, index: int, reason: str) -> list[tuple[dict, str]]:
-        """What stands for a clip that could not be read."""
-        return [(record, reason) for record in self.groups[index]]
+        """What stands for a clip whose decoding process died or hung."""
+        return [(record, f"{name_of(record)}: {record['path']}: {reason}")
+                for record in self.groups[index]]
 
     def __getitem__(self, index: int) -> list[tuple[dict, Prompt | str]]:
         records, limits, made = self.groups[index], self.limits, []
         try:
             media = load_media(records[0], self.root, limits, self.processor.vision)
         except BadRecord as error:
-            return self.lost(index, str(error))
+            return [(record, str(error)) for record in records]
         for record in records:
             try:
                 prompt = self.processor.prompt(record, *media, limits.max_prompt, QUESTION_EVAL)
@@ -137,28 +138,29 @@ def fingerprint(model: str) -> str:
 
 
 def taken_up(path: Path, settings: dict) -> set[int]:
-    """Rows answered already, of a file that is made or mended: a line that a kill cut short goes.
-    SystemExit where its answers were made under other settings."""
+    """Rows that `path` holds answers to; a file of other settings is refused (SystemExit), a line
+    that a kill cut short is dropped, and a new file begins with its settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-    rows = [json.loads(line) for line in lines] or [{"settings": settings}]
-    old = rows[0]["settings"]
+    text = path.read_text("utf-8") if path.exists() else ""
+    whole = text[:text.rfind("\n") + 1] or json.dumps({"settings": settings}) + "\n"
+    old = json.loads(whole[:whole.index("\n")]).get("settings", {})
     changed = [f"{key}: {old.get(key)!r} there, {value!r} now"
                for key, value in settings.items() if old.get(key) != value]
     if changed:
         raise SystemExit(f"error: {path} holds answers under other settings "
                          f"({'; '.join(changed)}); choose another --out")
-    part = path.with_suffix(".part")
-    part.write_text("\n".join(lines or [json.dumps(rows[0])]) + "\n", "utf-8")
-    part.rename(path)
-    return {row["row"] for row in rows[1:] if "unreadable" not in row}
+    if whole != text:
+        part = path.with_suffix(".part")
+        part.write_text(whole, "utf-8")
+        part.rename(path)
+    return {row["row"] for row in read_json(path)[1:] if "unreadable" not in row}
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """Add whole lines; the lock keeps those of several processes apart."""
+    """Add whole lines, in ASCII; the lock keeps those of several processes apart."""
     with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def answer(model, processor: Processor, prompts: list[Prompt], a: argparse.Namespace) -> list[str]:

@@ -18,9 +18,8 @@ and the clip never binds; both stay, as the formula has them.
 """
 
 import math
-import os
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -153,12 +152,33 @@ def watch(o: Options, model: nn.Module, processor: Processor,
 
 
 # -------------------------------------------------------------------------------------------- main
-def build(o: Options, resumed: Path | None, world: int, device: torch.device):
-    """(model, processor, optimizer, scorer, reference): what is trained, and with what."""
+@dataclass
+class Run:
+    """What lasts through a run."""
+    rank: int
+    world: int                              # processes
+    device: torch.device
+    model: nn.Module                        # the policy
+    processor: Processor
+    optimizer: ShardedAdamW
+    scorer: nn.Module                       # of the policy; under DDP if there are several ranks
+    reference: nn.Module | None             # the starting checkpoint; None: beta is 0
+    state: dict                             # of the run: what a checkpoint keeps beside weights
+    log: Log
+    stream: Stream
+    leaving: checkpoint.Preemption
+    watched: tuple[Prompt, int, Tensor | None] | None           # looked at through the whole run
+
+
+def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
+    """Load the policy, its optimizer and its reference; take up the newest checkpoint, if any."""
+    leaving = checkpoint.Preemption()
+    rank, world, device = distributed()
+    out = Path(o.out)
+    out.mkdir(parents=True, exist_ok=True)
+    resumed = checkpoint.newest(out)
     model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
     trained = freeze(model, o.freeze)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(trained)
     if o.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -176,7 +196,21 @@ def build(o: Options, resumed: Path | None, world: int, device: torch.device):
                                          broadcast_buffers=False)
         scorer([], []).backward()       # from now on gradients live in DDP's buckets: accumulated,
         optimizer.zero_grad()           # they would otherwise be held twice
-    return model, processor, optimizer, scorer, reference
+
+    options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
+    made_by = {**options, "processes": world, "records": len(records)}
+    state = {"step": 0, "place": 0, "seen": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
+    if resumed:
+        state = checkpoint.load_state(resumed, optimizer, state)
+    log = Log(o, out, rank, state["step"])
+    stream = Stream(o, records, left_out, processor, log, rank, world, state)
+    watched = None
+    if rank == 0:
+        print(trained)
+        checkpoint.sweep(out)
+        watched = stream.watched()
+    return Run(rank, world, device, model, processor, optimizer, scorer, reference, state, log,
+               stream, leaving, watched)
 
 
 @contextmanager
@@ -190,13 +224,6 @@ def naming(rank: int, step: int, records: list[dict]):
         raise
 
 
-def fresh_state(o: Options, records: list[dict], world: int) -> dict:
-    """What a checkpoint keeps of a run besides weights and optimizer."""
-    options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
-    made_by = {**options, "processes": world, "records": len(records)}
-    return {"step": 0, "place": 0, "seen": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
-
-
 def stop_if_hopeless(o: Options, state: dict) -> None:
     """SystemExit where the model has broken, or the data is not what it should be."""
     if state["not_finite"] >= PATIENCE:
@@ -208,77 +235,70 @@ def stop_if_hopeless(o: Options, state: dict) -> None:
                          f"--videos {o.videos}` lists them all for --leave_out")
 
 
+def keep(o: Options, run: Run, step: int, rollouts: list[Rollout], stopping: bool) -> None:
+    """Samples and checkpoints when they are due after a step; SystemExit where the run must end."""
+    done, steps, out = step + 1, run.stream.steps, Path(o.out)
+    if run.rank == 0 and done % (o.sample_every or max(1, steps // 100)) == 0:
+        for r in rollouts[:1]:
+            run.log.sample(sample_of(r, done, run.processor.tokenizer))
+        if run.watched:
+            r = watch(o, run.model, run.processor, run.watched)
+            run.log.sample(sample_of(r, done, run.processor.tokenizer, watched=True))
+    stop_if_hopeless(o, run.state)
+    if o.save_every and (done % o.save_every == 0 or done == steps or stopping):
+        with run.leaving.saving():
+            checkpoint.save(out, run.model, run.processor, run.optimizer, run.state, asdict(o),
+                            steps, o.keep)
+    if stopping and done < steps:
+        if run.rank == 0:
+            saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
+            print(f"SIGTERM: left after step {done} of {steps}, {saved}; start again with "
+                  f"--resume auto to continue")
+        raise SystemExit(143)
+
+
 def main(o: Options) -> None:
+    """The whole run: algorithm 1, step by step."""
     records, left_out = preflight(o)
     if o.check:
         return print(f"ready: {len(records)} records in {o.data}, model {o.model}")
-    leaving = checkpoint.Preemption()
-    rank, world, device = distributed()
-    out = Path(o.out)
-    out.mkdir(parents=True, exist_ok=True)
-    resumed = checkpoint.newest(out)
-    model, processor, optimizer, scorer, reference = build(o, resumed, world, device)
-    state = fresh_state(o, records, world)
-    if resumed:
-        state = checkpoint.load_state(resumed, optimizer, state)
-    log = Log(o, out, rank, state["step"])
-    if rank == 0:
-        checkpoint.sweep(out)
-    stream = Stream(o, records, left_out, processor, log, rank, world, state)
-    first, steps, A = stream.first, stream.steps, o.prompts_per_step
-    watched = stream.watched() if rank == 0 and first < steps else None
+    run = begin(o, records, left_out)
+    stream, optimizer, state, A = run.stream, run.optimizer, run.state, o.prompts_per_step
 
-    for step in tqdm(range(first, steps), initial=first, total=steps, unit="step",
-                     disable=rank > 0, dynamic_ncols=True):
-        clock, lr = Clock(device), learning_rate(o, step, steps)
-        with naming(rank, step, [records[index] for _, index in stream.own(step)]):
-            prompts = stream.take(step)
+    for step in tqdm(range(stream.first, stream.steps), initial=stream.first, total=stream.steps,
+                     unit="step", disable=run.rank > 0, dynamic_ncols=True):
+        clock, lr = Clock(run.device), learning_rate(o, step, stream.steps)
+        with naming(run.rank, step, stream.records_of(step)):
+            prompts = stream.take(step)                                     # data
             clock("data")
-            rollouts = roll_out(o, model, processor, prompts)
+            rollouts = roll_out(o, run.model, run.processor, prompts)       # sample, judge
             clock("sample")
             rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]
             parts = batches(rows, ROW_TOKENS) or [slice(0)]
-            for part in parts:
+            for part in parts:                                              # score .. backward
                 last = part is parts[-1]        # DDP averages in the last backward
-                with nullcontext() if last or world == 1 else scorer.no_sync():
-                    learn(o, scorer, reference, rollouts[part], 1 / A, clock)
+                with nullcontext() if last or run.world == 1 else run.scorer.no_sync():
+                    learn(o, run.scorer, run.reference, rollouts[part], 1 / A, clock)
 
         norm = optimizer.grad_norm()            # the same on every rank
-        totals = add_up(counted(o, rollouts, leaving.asked), device)
+        totals = add_up(counted(o, rollouts, run.leaving.asked), run.device)
         finite = math.isfinite(norm)
         if finite and totals["prompts"]:
-            optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))
+            optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))   # step
         optimizer.zero_grad()
         clock("step")
 
-        state |= {"step": step + 1, "place": stream.place_after(step),
-                  "seen": state["seen"] + A * world,
-                  "skipped": state["skipped"] + A * world - int(totals["prompts"]),
+        skipped = state["skipped"] + A * run.world - int(totals["prompts"])
+        state |= {"step": step + 1, "place": stream.place_after(step), "skipped": skipped,
+                  "seen": state["seen"] + A * run.world,
                   "not_finite": 0 if finite else state["not_finite"] + 1}
-        log.step(step + 1, steps, totals, {"grad_norm": norm, "lr": lr,
-                                           "skipped": state["skipped"]}, clock)
-        if rank == 0 and (step + 1) % (o.sample_every or max(1, steps // 100)) == 0:
-            for r in rollouts[:1]:
-                log.sample(sample_of(r, step + 1, processor.tokenizer))
-            if watched:
-                r = watch(o, model, processor, watched)
-                log.sample(sample_of(r, step + 1, processor.tokenizer, watched=True))
-        stop_if_hopeless(o, state)
-        stopping = leaving.step_ended(totals["leaving"])
-        if o.save_every and ((step + 1) % o.save_every == 0 or step + 1 == steps or stopping):
-            with leaving.saving():
-                checkpoint.save(out, model, processor, optimizer, state, asdict(o), steps, o.keep)
-        if stopping and step + 1 < steps:
-            if rank == 0:
-                saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
-                print(f"SIGTERM: left after step {step + 1} of {steps}, {saved}; start again with "
-                      f"--resume auto to continue")
-            raise SystemExit(143)
-    leaving.heard.set()
-    if rank == 0 and o.save_every:
-        checkpoint.point_to_newest(out)
-        print(f"done: {steps} steps; the model is in {out / 'final'}, the log in "
-              f"{out / 'log.jsonl'}")
+        more = {"grad_norm": norm, "lr": lr, "skipped": skipped}
+        run.log.step(step + 1, stream.steps, totals, more, clock)           # log
+        keep(o, run, step, rollouts, run.leaving.step_ended(totals["leaving"]))     # save
+    run.leaving.heard.set()
+    if run.rank == 0 and o.save_every:
+        final = checkpoint.point_to_newest(Path(o.out))
+        print(f"done: {stream.steps} steps; the model is in {final}, the log in {o.out}/log.jsonl")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,15 @@ class BadRecord(ValueError):
     """A record that cannot be used. The message names the record and says why."""
 
 
+def one_line(value: object, most: int = 400) -> str:
+    """What a message can hold of a text: no line ends or half characters, cut in the middle."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= most else f"{text[:most // 2]} .. {text[-most // 2:]}"
+
+
 def name_of(record: dict) -> str:
-    name = str(record.get("problem_id", "?"))
-    if not name.isprintable():                          # a line's end, half a character, ..
-        name = ascii(name)
-    return f"record {name[:80]} (row {record.get('row', '?')})"
+    return f"record {one_line(record.get('problem_id', '?'), 80)} (row {record.get('row', '?')})"
 
 
 def question_text(record: dict, template: str = QUESTION_TRAIN) -> str:

@@ -113,8 +113,10 @@ def read_predictions(path: str) -> tuple[dict, list[dict]]:
     except json.JSONDecodeError:
         rows = read_json(file)
     rows = rows.get("results", [rows]) if isinstance(rows, dict) else rows
-    settings, answers = {}, {}
-    for i, row in enumerate(rows):
+    settings, answers, scores = {}, {}, file.with_name("scores.json")
+    if file.name == "predictions.jsonl" and scores.is_file():
+        settings = json.loads(scores.read_text("utf-8")).get("settings", {})
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
         if isinstance(row, dict) and "settings" in row:
             settings = row["settings"]
             continue

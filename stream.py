@@ -138,13 +138,12 @@ class Stream:
         self.o, self.log, self.records, self.left_out = o, log, records, left_out
         self.first, self.A, self.B, self.rank = state["step"], A, B, rank
         self.ahead, self.steps = plan(o, records, left_out, B, self.first, state["place"])
-        self.data = Prompts(records, o.videos, processor, limits_of(o), known=log.known)
+        self.data = Prompts(records, o.videos, processor, limits_of(o))
         wanted = []
         for step in range(self.first, self.steps):
             for place, index in self.own(step):
-                wanted.append(index)
-                if o.masking == "replace":
-                    wanted.append(another_clip(records, left_out, index, seed_of(o, place)))
+                indices = self.shown(place, index)
+                wanted += [] if self.known(indices) else indices
         self.items = iter(loader(self.data, wanted, o.workers))
 
     def own(self, step: int) -> list[tuple[int, int]]:
@@ -152,17 +151,31 @@ class Stream:
         start = (step - self.first) * self.B + self.rank * self.A
         return self.ahead[start:start + self.A]
 
+    def records_of(self, step: int) -> list[dict]:
+        return [self.records[index] for _, index in self.own(step)]
+
     def place_after(self, step: int) -> int:
         """Where the run's order goes on when a step is done."""
         return self.ahead[(step - self.first + 1) * self.B - 1][0] + 1
 
+    def shown(self, place: int, index: int) -> list[int]:
+        """The indices of a prompt's record, and of another clip's if asked for."""
+        if self.o.masking != "replace":
+            return [index]
+        seed = seed_of(self.o, place)
+        return [index, another_clip(self.records, self.left_out, index, seed)]
+
+    def known(self, indices: list[int]) -> list[Skipped]:
+        """Those that the run has skipped before a resume; they are not tried again."""
+        reasons = [(self.records[i], self.log.known.get(self.records[i]["row"])) for i in indices]
+        return [Skipped(record, reason) for record, reason in reasons if reason]
+
     def take(self, step: int) -> list[tuple[Prompt, int, Tensor | None]]:
         """(prompt, seed, another clip's frames or None) of the step's records that can be used."""
         found = []
-        for place, _ in self.own(step):
-            items = [next(self.items)]
-            if self.o.masking == "replace":
-                items.append(next(self.items))
+        for place, index in self.own(step):
+            indices = self.shown(place, index)
+            items = self.known(indices) or [next(self.items) for _ in indices]
             skipped = [item for item in items if isinstance(item, Skipped)]
             for item in skipped:
                 self.log.skip(item.record, item.reason, step + 1)
@@ -174,11 +187,7 @@ class Stream:
     def watched(self) -> tuple[Prompt, int, Tensor | None] | None:
         """The run's first prompt, for a look at one question through the whole run."""
         order, _ = plan(self.o, self.records, self.left_out, self.B, 0, 0)
-        index, seed = order[0][1], seed_of(self.o, -1)
-        indices = [index]
-        if self.o.masking == "replace":
-            indices.append(another_clip(self.records, self.left_out, index, seed))
-        items = list(loader(self.data, indices, workers=min(1, self.o.workers)))
+        items = list(loader(self.data, self.shown(-1, order[0][1]), min(1, self.o.workers)))
         if any(isinstance(item, Skipped) for item in items):
             return None
-        return items[0], seed, items[1].frames if len(items) > 1 else None
+        return items[0], seed_of(self.o, -1), items[1].frames if len(items) > 1 else None

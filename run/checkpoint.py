@@ -119,10 +119,12 @@ def load_state(folder: Path, optimizer, expected: dict) -> dict:
     return state
 
 
-def point_to_newest(out: Path) -> None:
-    """OUT/final becomes a link to the newest checkpoint."""
-    (out / "final").unlink(missing_ok=True)
-    (out / "final").symlink_to(newest(out).name)
+def point_to_newest(out: Path) -> Path:
+    """OUT/final becomes, and is returned as, a link to the newest checkpoint."""
+    final = out / "final"
+    final.unlink(missing_ok=True)
+    final.symlink_to(newest(out).name)
+    return final
 
 
 class Preemption:

@@ -60,10 +60,12 @@ def prompts(tiny):
     rng, found = random.Random(5), []
     while len(found) < 3:
         prompt = toy.example_prompt(rng, tiny[1])[0]
-        found += [prompt] if prompt.kind == "video" else []
-    while found[-1].kind == "video":
+        if prompt.kind == "video":
+            found.append(prompt)
+    while len(found) < 4:
         prompt = toy.example_prompt(rng, tiny[1])[0]
-        found += [prompt] if prompt.kind == "image" else []
+        if prompt.kind == "image":
+            found.append(prompt)
     return found
 
 
@@ -73,9 +75,12 @@ def plain_inputs(prompt, completion=None):
     kinds = torch.zeros_like(ids)
     kinds[:len(prompt.ids)][prompt.visual] = 2 if prompt.kind == "video" else 1
     pixels, grid = patches(prompt.frames, prompt.vision), torch.tensor([prompt.grid])
-    media = ({"pixel_values_videos": pixels, "video_grid_thw": grid, "second_per_grid_ts": torch.tensor([prompt.seconds])}
-             if prompt.kind == "video" else {"pixel_values": pixels, "image_grid_thw": grid})
-    return dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], mm_token_type_ids=kinds[None], **media)
+    media = {"pixel_values": pixels, "image_grid_thw": grid}
+    if prompt.kind == "video":
+        media = {"pixel_values_videos": pixels, "video_grid_thw": grid,
+                 "second_per_grid_ts": torch.tensor([prompt.seconds])}
+    return dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None],
+                mm_token_type_ids=kinds[None], **media)
 
 
 def plain_logp(model, prompt, completion):
