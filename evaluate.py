@@ -29,7 +29,7 @@ from data import Limits, check_record, load_media, loader, read_json
 from policy import load, sample
 from prompt import QUESTION_EVAL, BadRecord, Processor, Prompt, name_of
 from rewards import extract_answer, grade
-from engine.sharded import distributed, leave
+from run.distributed import distributed, leave
 
 # accuracy in percent at 16, 32, 64 frames: (cold start, Video-KTR), table 1 of the paper
 PAPER = {

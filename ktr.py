@@ -39,7 +39,9 @@ from run.options import MAY_CHANGE, UNUSABLE, Options, limits_of, parse, preflig
 from policy import Group, batches, evaluating, hidden_states, load, predicting_states, sample, score_groups, unflatten
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
-from engine.sharded import ShardedAdamW, distributed, leave
+from engine.prepare import recompute
+from engine.sharded import ShardedAdamW
+from run.distributed import distributed, leave
 
 ROW_TOKENS = 8192       # prompts are scored together while their packed rows stay within this many tokens
 PATIENCE = 5            # steps in a row that may be skipped because the gradient is not finite
@@ -191,9 +193,9 @@ def main(o: Options) -> None:
     model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
     memory("weights")
     if o.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     model.train()
-    optimizer = ShardedAdamW(model, o.lr, o.weight_decay, shards=o.shards or None)
+    optimizer = ShardedAdamW(model, o.lr, o.weight_decay, offload=o.offload)
     memory("optimizer")
     reference = load(o.model, device, model.dtype, seed=1)[0].requires_grad_(False) if o.beta > 0 else None
     memory("reference")

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from engine.decoding import decoder_for, draws_for
-from prompt import Processor, Prompt, patches
-from engine.sharded import flatten
-from engine.packing import NAMES, has_varlen, pack
+from engine import blank
+from engine.decoding import decoder_for
+from engine.packing import pack
+from engine.prepare import prepare
+from prompt import Processor, Prompt, Vision, patches
 
 CHUNK = 1024            # completion tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
@@ -47,8 +48,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """(model, processor), ready for this project; the seed is that of random weights. OSError where the checkpoint is missing or incomplete."""
     logging.disable_progress_bar()
     if name.startswith("random:"):
-        from lab.dryrun import random_model
-        model = random_model(name, device, dtype, seed)
+        model = blank.model(name, blank.tokenizer(), device, dtype, seed)
     else:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
     return prepare(model, device), load_processor(name)
@@ -57,52 +57,10 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 def load_processor(name: str) -> Processor:
     """The processor of a checkpoint's folder, hub name, or random:7b."""
     if name.startswith("random:"):
-        from lab.dryrun import random_processor
-        return random_processor(name)
+        tokenizer = blank.tokenizer()
+        constants = {"image_mean": Vision.mean, "image_std": Vision.std, "min_pixels": Vision.min_pixels}
+        return Processor(tokenizer, blank.config(name, tokenizer), constants)
     return Processor.from_pretrained(name)
-
-
-def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Weights in one buffer on `device`, this project's attention, and one product where several share their input.
-
-    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length, and serve all: norms,
-    rotations and activations fuse. The first step pays for it.
-    """
-    flatten(model, device)
-    model.set_attn_implementation(NAMES)
-    for layer in model.model.language_model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        multiply_together(attention.q_proj, attention.k_proj, attention.v_proj)
-        multiply_together(mlp.gate_proj, mlp.up_proj)
-    if has_varlen(model.flat):
-        torch._dynamo.config.recompile_limit = 64       # with and without gradient, checkpointing, text alone, ..
-        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
-            layer.compile(dynamic=True)
-    return model.eval()
-
-
-def multiply_together(*linears: nn.Linear) -> None:
-    """Without gradients, the first of these neighbours in `flat` multiplies for all and the others take their part.
-
-    A decoding step waits for small kernels as long as for large ones; the model's own forward stays as it is.
-    """
-    sizes, parts = [x.out_features for x in linears], []
-    first, columns = linears[0], linears[0].in_features
-
-    def joint(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return F.linear(x, first.weight, first.bias)
-        weight = first.weight.as_strided((sum(sizes), columns), (columns, 1))
-        bias = None if first.bias is None else first.bias.as_strided((sum(sizes),), (1,))
-        parts[:] = F.linear(x, weight, bias).split(sizes, -1)
-        return parts.pop(0)
-
-    for linear, after in zip(linears, linears[1:]):
-        for a, b in ((linear.weight, after.weight), (linear.bias, after.bias)):
-            if a is not None and a.data_ptr() + a.numel() * a.element_size() != b.data_ptr():
-                return                                  # not neighbours (sizes that are no multiples of 64): as it was
-        after.forward = lambda x, own=after: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
-    first.forward = joint
 
 
 # ---------------------------------------------------------------------------------------------- score
@@ -243,7 +201,8 @@ def evaluating(model: nn.Module):
 
 
 def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: int, *, temperature: float = 1.0,
-           top_p: float = 0.95, seeds: Sequence[int] | None = None, ends: Sequence[int] | None = None) -> list[Group]:
+           top_p: float = 0.95, top_k: int = 0, seeds: Sequence[int] | None = None,
+           ends: Sequence[int] | None = None) -> list[Group]:
     """G completions for each prompt, all decoded together; temperature 0 is greedy.
 
     seeds: one per prompt (default 0, 1, ..): a prompt's random numbers depend on its seed alone, not on the rank
@@ -255,15 +214,13 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
         ends = [ends] if isinstance(ends, int) else ends
     lengths = [len(p.ids) for p in prompts]
     with evaluating(model):
-        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p)
+        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p, top_k)
         d.attach()
         last, known = [], {}
         for part in batches(lengths, PREFILL):
             hidden = run(model, prompts[part], [None] * len(prompts[part]), keep=part.start, known=known)
             last.append(hidden[torch.tensor(lengths[part]).cumsum(0).to(hidden.device) - 1])
-        draws = [torch.rand(max_new_tokens, G, draws_for(top_p), generator=torch.Generator().manual_seed(s)) for s in seeds]
-        d.start(torch.tensor(lengths).to(model.device), torch.tensor([p.next_position for p in prompts]).to(model.device),
-                torch.stack(draws, 1).to(model.device), ends)
+        d.start(lengths, [p.next_position for p in prompts], seeds, max_new_tokens, ends)
         logits = model.lm_head(torch.cat(last))
         logits = F.pad(logits, (0, 0, 0, d.N - len(prompts)))
         d.extend(logits.repeat_interleave(G, 0))

@@ -31,7 +31,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from attribution import Rollout, attribute, shift, top_tokens
 from data import Prompts, read_records
-from policy import Group, load, prepare, sample, score_groups
+from engine.prepare import prepare
+from policy import Group, load, sample, score_groups
 from prompt import QUESTION_EVAL, QUESTION_TRAIN, TYPE, Processor, Prompt, Vision, fit
 
 SIDE, FRAMES, FPS = 56, 8, 2

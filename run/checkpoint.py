@@ -16,14 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-
-def agree(ok: bool, device: torch.device) -> bool:
-    """True on every rank if it is True on all of them."""
-    if not dist.is_initialized():
-        return ok
-    flag = torch.tensor(int(ok), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+from run.distributed import agree
 
 
 def newest(out: Path) -> Path | None:

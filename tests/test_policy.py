@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import plain_inputs, plain_logp
 
 import policy
-from engine.decoding import BLOCK, blocks_in_use, choose, draws_for, inverse_cdf, vision_tokens
+from engine.decoding import vision_tokens
+from engine.prepare import recompute
 from policy import Group, TokenStats, batches, sample, score, score_groups
 
 
@@ -51,11 +52,9 @@ def test_gradients_equal_the_plain_forwards(tiny, plain, prompts, groups, checkp
     weights = torch.randn(group.ids.shape, generator=torch.Generator().manual_seed(0))
     model.zero_grad(), plain.zero_grad()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        recompute(model)
     (score(model, prompt, group)[0] * weights).sum().backward()
-    model.gradient_checkpointing_disable()
-    model.eval()
+    recompute(model, False)
     for g, n in enumerate(group.lengths):
         logp = plain_logp(plain, prompt, group.ids[g, :n]).gather(-1, group.ids[g, :n, None])[:, 0]
         (logp * weights[g, :n]).sum().backward()
@@ -166,53 +165,6 @@ def test_vision_tokens_never_come_out(tiny, prompts):
     finally:
         with torch.no_grad():
             model.lm_head.weight.copy_(flat)
-
-
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 0.9), (1.0, 1.0), (0.7, 0.5), (1.5, 0.3)])
-def test_top_p_samples_the_nucleus(temperature, top_p):
-    torch.manual_seed(0)
-    logits, banned = torch.randn(60) * 2, torch.zeros(60).bool()
-    banned[7] = True
-    logits[7] = 9.0
-    p = (logits.masked_fill(banned, -torch.inf) / temperature).softmax(-1)
-    ordered, index = p.sort(descending=True)
-    inside = ordered.cumsum(0) - ordered < top_p                            # transformers' TopPLogitsWarper
-    want = torch.zeros(60).scatter(0, index, ordered * inside)
-    want /= want.sum()
-    n = 40000
-    token, logp = choose(logits.expand(n, -1), torch.rand(n, draws_for(top_p)), banned, temperature, top_p)
-    got = torch.bincount(token, minlength=60) / n
-    assert (got[want == 0] == 0).all()
-    assert (got - want).abs().max() < 0.012
-    assert torch.allclose(logp, logits.log_softmax(-1)[token])              # temperature 1, the whole vocabulary
-
-
-def test_inverse_cdf_finds_what_a_scan_finds():
-    torch.manual_seed(0)
-    p = (torch.randn(6, 5000) * 3).softmax(-1)
-    p[:, :700] = 0
-    draws = torch.rand(6, 8)
-    exact = torch.searchsorted(p.double().cumsum(-1), draws.double() * p.double().sum(-1, keepdim=True), right=True)
-    assert torch.equal(inverse_cdf(p, draws), exact)
-    assert (inverse_cdf(p, torch.zeros(6, 8)) == 700).all() and (p.gather(1, inverse_cdf(p, torch.full((6, 8), 1 - 1e-7))) > 0).all()
-
-
-def test_blocks_in_use_cover_exactly_what_is_seen():
-    """What decoding on a GPU visits: whole blocks are seen by everyone, listed ones hold all the rest, no other has any."""
-    torch.manual_seed(0)
-    G, room, count = 3, 3 * BLOCK, 9
-    for _ in range(40):
-        lengths, used = torch.randint(1, room + 1, (4,)), torch.randint(1, 250, (1,)).expand(4) * G
-        whole, mixed, listing = blocks_in_use(lengths, used, room, count)
-        slots = torch.arange(count * BLOCK)
-        own = slots - room
-        sees = (slots < lengths[:, None]) | ((own >= 0) & (own < used[:, None]))                    # by any completion
-        for n in range(4):
-            blocks = sees[n].view(count, BLOCK)
-            listed = listing[n, :mixed[n]].tolist()
-            assert blocks[:whole[n]].all() and (slots[:whole[n] * BLOCK] < lengths[n]).all()
-            assert len(set(listed)) == len(listed) and not set(listed) & set(range(int(whole[n])))
-            assert {b for b in range(count) if blocks[b].any()} == set(range(int(whole[n]))) | set(listed)
 
 
 def test_batches():
