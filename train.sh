@@ -41,8 +41,8 @@ recipe() {
     fi
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
     if [ -n "$dry" ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
-        echo "note: the optimizer's state does not fit beside a 7B on one GPU; holding an eighth of it, as one of 8 ranks does"
-        set -- --shards 8 "$@"
+        echo "note: the optimizer's state does not fit beside a 7B on one GPU; it stays in host memory (--offload)"
+        set -- --offload "$@"
     fi
     set -- --model "${MODEL:-Video-R1/Qwen2.5-VL-7B-COT-SFT}" --data "$DATA" --videos "${VIDEOS:-$(dirname "$DATA")}" \
         --out "${OUT:-runs/7b}" "$@"
