@@ -80,7 +80,7 @@ def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
-    """Train all parts but the frozen ones (of vision, projector, language); says which, in words."""
+    """Train all parts but the frozen ones (vision, projector, language); says which, in words."""
     said = []
     for name, weights in parts(model).items():
         for p in weights:
