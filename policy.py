@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 from engine import blank
@@ -67,6 +67,17 @@ def load_processor(name: str) -> Processor:
     tokenizer, v = blank.tokenizer(), Vision()
     constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
     return Processor(tokenizer, blank.config(name, tokenizer), constants)
+
+
+def weight_count(name: str) -> int:
+    """How many weights the model of this name has, from its configuration alone."""
+    if name.startswith("random:"):
+        config = blank.config(name, blank.tokenizer())
+    else:
+        config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
