@@ -75,14 +75,18 @@ def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[in
         vision_end_token_id=token("<|vision_end|>"))
 
 
-def stamp(text: str, times: Sequence[float]) -> str:
-    """A prompt with a vision block for each of the video's temporal patches, after its time.
+def stamp(text: str, n: int, temporal: int, apart: float) -> str:
+    """A prompt with a vision block for each temporal patch of its n frames, `apart` seconds apart,
+    after the time in the middle of the patch.
 
     As in transformers 4.57 and vLLM; transformers 5 also leaves the template's own pair of vision
     tokens around them all.
     """
-    block = "<|vision_start|><|video_pad|><|vision_end|>"
-    return text.replace(block, "".join(f"<{t:.1f} seconds>{block}" for t in times), 1)
+    block, blocks = "<|vision_start|><|video_pad|><|vision_end|>", ""
+    for first in range(0, n, temporal):
+        last = min(first + temporal, n) - 1             # where n is odd, the last frame is repeated
+        blocks += f"<{(first + last) / 2 * apart:.1f} seconds>{block}"
+    return text.replace(block, blocks, 1)
 
 
 def vision_features(tower: nn.Module, patches: Tensor, grids: Tensor) -> Tensor:

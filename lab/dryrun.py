@@ -1,4 +1,4 @@
-"""What a step of the recipe costs on your machine: synthetic clips, and the table of a finished run.
+"""What a step of the recipe costs on your machine: synthetic clips, and a finished run's table.
 
 `--model random:7b` (engine/blank.py) needs no download, the clips need no data. Random weights
 change neither seconds nor memory: completions run to the limit, which is the most a step can cost.
@@ -41,14 +41,11 @@ def table(run: Path, epoch: int) -> dict:
     `epoch` is its number of prompts."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     options = json.loads((run / "options.json").read_text())
-    memory = {}
-    if (run / "memory.json").exists():
-        memory = json.loads((run / "memory.json").read_text())
+    path = run / "memory.json"
+    memory = json.loads(path.read_text()) if path.exists() else {}
     later = log[2:] or log
-    cost = {}
-    for name in later[0]:
-        if name.startswith("seconds"):
-            cost[name] = statistics.median(row[name] for row in later)
+    names = [name for name in later[0] if name.startswith("seconds")]
+    cost = {name: statistics.median(row[name] for row in later) for name in names}
     prompts = later[0]["prompts"]
     per_hour = 3600 * prompts / cost["seconds"]
     hours = epoch / per_hour
@@ -71,12 +68,12 @@ def table(run: Path, epoch: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["clips", "table"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--epoch", type=int, default=16916,
-                        help="prompts of an epoch; the paper's list has 16,916")
-    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    add = parser.add_argument
+    add("command", choices=["clips", "table"])
+    add("folder", type=Path)
+    add("--frames", type=int, default=16)
+    add("--epoch", type=int, default=16916, help="prompts of one; the paper's list has 16,916")
+    add("--out", type=Path, help="also write the table as JSON")
     a = parser.parse_args()
     if a.command == "clips":
         make_clips(a.folder, a.frames)

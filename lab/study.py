@@ -89,8 +89,7 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gp
     run = folder_of(a.out, name, seed)
     commands, made_by = commands_of(run, seed, options, a), run / "study.json"
     if made_by.exists() and json.loads(made_by.read_text()) != commands:
-        raise RuntimeError(
-            f"{run} holds a run under other options; remove it or choose another --out")
+        raise RuntimeError(f"{run} holds a run under other options; remove it or change --out")
     if (run / "after" / "scores.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -138,25 +137,13 @@ def outcome(run: Path) -> dict[str, float]:
     log = read_log(run)
     late = log[-max(1, len(log) // 5):]
     scores = json.loads((run / "after" / "scores.json").read_text())["scores"]
-    return {
-        "accuracy": 100 * scores["all"]["strict"],
-        "learning": 100 * statistics.mean(row["accuracy"] for row in log),
-        "reward": statistics.mean(row["reward"] for row in late),
-        "share": 100 * statistics.mean(row["key_share"] for row in late),
-        "kl": statistics.mean(row["kl"] for row in late),
-        "grad": statistics.mean(row["grad_norm"] for row in late),
-        "seconds": sum(row["seconds"] for row in log),
-    }
-
-
-def compare(found: dict[str, list[dict]], measure: str, control: str) -> dict[str, list[float]]:
-    """name -> differences from the control, seed by seed."""
-    differences = {}
-    for name, runs in found.items():
-        if name != control:
-            differences[name] = [run[measure] - other[measure]
-                                 for run, other in zip(runs, found[control])]
-    return differences
+    return {"accuracy": 100 * scores["all"]["strict"],
+            "learning": 100 * statistics.mean(row["accuracy"] for row in log),
+            "reward": statistics.mean(row["reward"] for row in late),
+            "share": 100 * statistics.mean(row["key_share"] for row in late),
+            "kl": statistics.mean(row["kl"] for row in late),
+            "grad": statistics.mean(row["grad_norm"] for row in late),
+            "seconds": sum(row["seconds"] for row in log)}
 
 
 def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
@@ -164,13 +151,17 @@ def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
     p corrected for all variants compared with that control; printed as well."""
     found, table, notes = {}, {}, []
     for name in variants:
-        found[name] = [outcome(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
-        table[name] = {}
-        for measure in found[name][0]:
-            table[name][measure] = interval([run[measure] for run in found[name]])
+        runs = [outcome(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
+        table[name] = {measure: interval([run[measure] for run in runs]) for measure in runs[0]}
+        found[name] = runs
     compared = [label for label, (_, control) in COMPARISONS.items() if control in found]
     for label in compared:
-        differences = compare(found, *COMPARISONS[label])
+        measure, control = COMPARISONS[label]
+        differences = {}                                # from the control, seed by seed
+        for name in variants:
+            if name != control:
+                pairs = zip(found[name], found[control])
+                differences[name] = [run[measure] - other[measure] for run, other in pairs]
         corrected = holm({name: p_value(values) for name, values in differences.items()})
         for name, values in differences.items():
             table[name][label] = interval(values)
@@ -181,13 +172,10 @@ def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
             alone, among = detectable(noise, a.seeds), detectable(noise, a.seeds, 0.05 / m)
             notes.append(f"{label}: {alone:.1f} points alone, {among:.1f} among {m}")
     print_rows(table, compared)
-    print(f"+-: 95% intervals over {a.seeds} seeds. learning: mean training accuracy over all steps"
-          " in percent, the area under the curve")
-    print("p: paired t over seeds, Holm's correction for all rules compared with that control;"
-          " below 0.05 the rules differ")
+    print(f"+-: 95% intervals over {a.seeds} seeds. learning: mean training accuracy of all steps")
+    print("p: paired t over seeds, Holm's correction for all rules compared with that control")
     if notes:
-        print("Found with 80% power at the 5% level, a true paired difference of: "
-              + "; ".join(notes))
+        print("Found with 80% power at the 5% level, a true difference of:", "; ".join(notes))
     return table
 
 
@@ -230,18 +218,16 @@ def draw(variants: dict[str, str], a: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
-    parser.add_argument("--add", nargs="+", default=[], metavar="NAME=OPTIONS",
-                        help="further variants, as options of ktr.py")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--jobs", type=int, default=0,
-                        help="runs at once (default: one per core, four per GPU)")
-    parser.add_argument("--world", default="toy_world")
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--out", default="runs/study")
-    parser.add_argument("--gradients", metavar="MODEL",
-                        help="the gradient analysis at this checkpoint instead")
+    add = parser.add_argument
+    add("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
+    add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
+    add("--seeds", type=int, default=5)
+    add("--steps", type=int, default=80)
+    add("--jobs", type=int, default=0, help="runs at once (default: one per core, four per GPU)")
+    add("--world", default="toy_world")
+    add("--model", default="cold_start")
+    add("--out", default="runs/study")
+    add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
