@@ -361,7 +361,6 @@ def test_other_weights_do_not_mix(checkpoint_folder, tmp_path):
 LATE = """
 import time, sys, torch.distributed as dist
 import evaluate
-from engine.sharded import leave
 
 def then_wait(function):
     def late(*a, **k):
@@ -372,7 +371,7 @@ def then_wait(function):
 dist.barrier = then_wait(dist.barrier)
 dist.broadcast_object_list = then_wait(dist.broadcast_object_list)
 evaluate.main(evaluate.parse(sys.argv[1:]))
-leave()
+evaluate.leave()
 """
 
 
