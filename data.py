@@ -76,8 +76,8 @@ def problem_with(record: dict) -> str | None:
         return f"path {brief(path)} leaves the data folder"
     try:
         json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return "half a character (a lone surrogate) in a text"
+    except (UnicodeEncodeError, RecursionError):
+        return "a text with half a character (a lone surrogate), or lists nested too deep"
     return None
 
 
@@ -98,8 +98,8 @@ def path_of(row: object) -> object:
     return row.get("path") if isinstance(row, dict) else None
 
 
-def check_rows(rows: list, leave_out: set[int] = frozenset()) -> tuple[list[dict], dict[int, str]]:
-    """The usable records, and what is wrong with each other row."""
+def check_rows(rows: list, leave_out: set[int]) -> tuple[list[dict], dict[int, str]]:
+    """The usable records but those left out, and what is wrong with each other row."""
     records, wrong = [], {}
     for index, row in enumerate(rows):
         try:
@@ -150,8 +150,8 @@ def first_line(error: Exception) -> str:
 
 def read_video(path: str | Path, max_frames: int = 16,
                sample_fps: float = 2.0) -> tuple[np.ndarray, float]:
-    """Frames (n, H, W, 3) uint8 and the seconds between them. BadRecord if decord refuses the file;
-    on some damaged files it aborts the process, which `loader` outlives."""
+    """Frames (n, H, W, 3) uint8 and the seconds between them. BadRecord if decord refuses the file
+    (on some it aborts the process instead, which `loader` outlives)."""
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     try:
@@ -280,7 +280,7 @@ class Check(Prompts):
 def check(data: str, videos: str, out: str | None, workers: int) -> list[dict]:
     """Scan a data set in parallel; print and return what is wrong, and write it as a JSON list."""
     rows = read_json(data)
-    records, wrong = check_rows(rows)
+    records, wrong = check_rows(rows, set())
     found = loader(Check(records, videos, None), range(len(records)), workers)
     for skipped in tqdm(found, total=len(records), unit="clip"):
         if skipped:

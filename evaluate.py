@@ -172,9 +172,8 @@ def answer(model, processor: Processor, prompts: list[Prompt], a: argparse.Names
 
 
 def limits_of(a: argparse.Namespace) -> Limits:
-    chosen = {"max_frames": a.frames, "sample_fps": a.fps, "max_pixels": a.max_pixels,
-              "max_prompt": 32768, "seconds": a.seconds}
-    return Limits(**{key: chosen[key] for key in chosen if key in Limits.__dataclass_fields__})
+    """How much of a clip these options look at; a longer prompt counts as unreadable."""
+    return Limits(a.frames, a.fps, a.max_pixels, max_prompt=32768, seconds=a.seconds)
 
 
 def one_question(a: argparse.Namespace) -> None:

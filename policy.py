@@ -13,24 +13,22 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 from engine import blank
-from engine.decoding import decoder_for, draws_for
+from engine.decoding import decoder_for
 from engine.packing import pack
 from engine.prepare import prepare
-from prompt import Processor, Prompt, patches
+from prompt import Processor, Prompt, Vision, patches
 
 CHUNK = 1024            # tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
 CHECK_EVERY = 16        # decoding steps between looks at whether all have ended (a look waits)
-TOKENIZER = Path(__file__).parent / "cold_start"        # for random:7b; the real one is a download
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,31 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     OSError where the checkpoint is missing or incomplete.
     """
     logging.disable_progress_bar()
-    processor = load_processor(name)
     if name.startswith("random:"):
-        model = blank.model(name, processor.tokenizer, device, dtype, seed)
+        model = blank.model(name, blank.tokenizer(), device, dtype, seed)
     else:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    return prepare(model, device), processor
+    return prepare(model, device), load_processor(name)
 
 
 def load_processor(name: str) -> Processor:
     """The processor of a checkpoint's folder, hub name, or random:7b."""
     if not name.startswith("random:"):
         return Processor.from_pretrained(name)
-    processor = Processor.from_pretrained(str(TOKENIZER))
-    config = blank.config(name, processor.tokenizer)
-    return Processor(processor.tokenizer, config, processor.preprocessor)
+    tokenizer, v = blank.tokenizer(), Vision()
+    constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
+    return Processor(tokenizer, blank.config(name, tokenizer), constants)
+
+
+def weight_count(name: str) -> int:
+    """How many weights the model of this name has, from its configuration alone."""
+    if name.startswith("random:"):
+        config = blank.config(name, blank.tokenizer())
+    else:
+        config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -83,7 +91,7 @@ def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
-    """Train all parts but the frozen ones (of vision, projector, language); says which, in words."""
+    """Train all parts but the frozen ones (vision, projector, language); says which, in words."""
     said = []
     for name, weights in parts(model).items():
         for p in weights:
@@ -272,18 +280,15 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
         ends = [ends] if isinstance(ends, int) else ends
     lengths = [len(p.ids) for p in prompts]
     with evaluating(model):
-        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p)
+        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p,
+                        top_k)
         d.attach()
         last, known = [], {}
         for part in batches(lengths, PREFILL):
             some = prompts[part]
             hidden = packed_forward(model, some, [None] * len(some), keep=part.start, known=known)
             last.append(hidden[torch.tensor(lengths[part]).cumsum(0).to(hidden.device) - 1])
-        draws = [torch.rand(max_new_tokens, G, draws_for(top_p),
-                            generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        positions = torch.tensor([p.next_position for p in prompts])
-        d.start(torch.tensor(lengths).to(model.device), positions.to(model.device),
-                torch.stack(draws, 1).to(model.device), ends)
+        d.start(lengths, [p.next_position for p in prompts], seeds, max_new_tokens, ends)
         logits = F.pad(model.lm_head(torch.cat(last)), (0, 0, 0, d.N - len(prompts)))
         d.extend(logits.repeat_interleave(G, 0))
         for t in range(1, max_new_tokens):

@@ -65,7 +65,7 @@ def published(benchmark: str, settings: dict) -> str:
     if settings["benchmark"] != benchmark:
         return f"published: none, since these are answers to {settings['benchmark']}"
     defaults = PROTOCOLS[settings["protocol"]]["options"]
-    changed = [key for key in defaults if key != "frames" and settings[key] != defaults[key]]
+    changed = [key for key in defaults if key != "frames" and settings.get(key) != defaults[key]]
     if changed:
         return f"published: none, since the protocol has other {', '.join(changed)}"
     known = {row["model"]: "not known" for row in FACTS["published"]}
@@ -95,7 +95,7 @@ def report(rows: list[dict], benchmark: str, settings: dict) -> dict:
     if letter:
         print(f"always answering {letter}: {100 * share:.1f}% of the multiple choice questions")
     if settings.get("protocol") in PROTOCOLS:
-        values = ", ".join(f"{key} {settings[key]}" for key in FACTS["options"])
+        values = ", ".join(f"{key} {settings.get(key)}" for key in FACTS["options"])
         score = PROTOCOLS[settings["protocol"]]["score"]
         print(f"protocol {settings['protocol']}, which counts the {score} score: {values}")
     if size:

@@ -1,16 +1,23 @@
-"""TEMPORARY"""
+"""A model made ready: its weights in one buffer, this project's attention, layers compiled once.
+
+`recompute` is gradient checkpointing (Chen et al. 2016): a layer keeps its input only and computes the rest
+again in the backward pass. `multiply_together` makes one product of those that share their input.
+"""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from engine.packing import NAMES, has_varlen
 from engine.sharded import flatten
 
 
 def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Weights in one buffer on `device`, this project's attention, and one product where several share their input.
+    """The same model on `device`, in evaluation mode, for `policy.sample` and `policy.score`.
 
-    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length, and serve all: norms,
-    rotations and activations fuse. The first step pays for it.
+    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length, and serve
+    all: norms, rotations and activations fuse. The first step pays for it.
     """
     flatten(model, device)
     model.set_attn_implementation(NAMES)
@@ -18,17 +25,51 @@ def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
         attention, mlp = layer.self_attn, layer.mlp
         multiply_together(attention.q_proj, attention.k_proj, attention.v_proj)
         multiply_together(mlp.gate_proj, mlp.up_proj)
-    if has_varlen(model.flat):
-        torch._dynamo.config.recompile_limit = 64       # with and without gradient, checkpointing, text alone, ..
-        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
-            layer.compile(dynamic=True)
+    for layer in layers_of(model):
+        able_to_recompute(layer)
+        if has_varlen(model.flat):
+            compile_layer(layer)
     return model.eval()
 
 
-def multiply_together(*linears: nn.Linear) -> None:
-    """Without gradients, the first of these neighbours in `flat` multiplies for all and the others take their part.
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Vision blocks and decoder layers."""
+    return [*model.model.visual.blocks, *model.model.language_model.layers]
 
-    A decoding step waits for small kernels as long as for large ones; the model's own forward stays as it is.
+
+def compile_layer(layer: nn.Module, **how) -> None:
+    """Compile its forward for any length, whole: where the graph broke, recomputation would fall out of it."""
+    torch._dynamo.config.recompile_limit = 64           # with and without gradient, text alone, ..
+    if not how:     # inductor may pad a matrix product or not, by timing both: off, so that a layer has one form
+        how = {"options": {"shape_padding": False}}
+    layer.compile(dynamic=True, fullgraph=True, **how)
+
+
+def recompute(model: nn.Module, on: bool = True) -> nn.Module:
+    """Gradient checkpointing of every layer, on or off."""
+    for layer in layers_of(model):
+        layer.recomputes = on
+    return model
+
+
+def able_to_recompute(layer: nn.Module) -> None:
+    """Checkpointing inside the layer's forward, and so inside what is compiled: forward and recomputation are
+    traced as one graph. Outside it (transformers' own, up to 5.17), each would be compiled by itself, at the
+    mercy of guards and timings, and a recomputed value could have another shape than the one it stands for."""
+    plain, layer.recomputes = layer.forward, False
+
+    def forward(hidden_states: Tensor, **more) -> Tensor:
+        if layer.recomputes and torch.is_grad_enabled():
+            return checkpoint(lambda x: plain(x, **more), hidden_states, use_reentrant=False)
+        return plain(hidden_states, **more)
+
+    layer.forward = forward
+
+
+def multiply_together(*linears: nn.Linear) -> None:
+    """Without gradients, the first of these neighbours in `flat` multiplies for all; the others take their part.
+
+    A decoding step waits for small kernels as long as for large ones. With gradients all is as it was.
     """
     sizes, parts = [x.out_features for x in linears], []
     first, columns = linears[0], linears[0].in_features
@@ -41,11 +82,17 @@ def multiply_together(*linears: nn.Linear) -> None:
         parts[:] = F.linear(x, weight, bias).split(sizes, -1)
         return parts.pop(0)
 
-    for linear, after in zip(linears, linears[1:]):
-        for a, b in ((linear.weight, after.weight), (linear.bias, after.bias)):
-            if a is not None and a.data_ptr() + a.numel() * a.element_size() != b.data_ptr():
-                return                                  # not neighbours (sizes that are no multiples of 64): as it was
-        after.forward = lambda x, own=after: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
+    def taking(own: nn.Linear):
+        return lambda x: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
+
+    if not all(adjoin(a, b) for a, b in zip(linears, linears[1:])):
+        return                                          # sizes that are no multiples of 64: all as it was
+    for linear in linears[1:]:
+        linear.forward = taking(linear)
     first.forward = joint
 
 
+def adjoin(a: nn.Linear, b: nn.Linear) -> bool:
+    """Whether the weights (and biases) of b begin where those of a end."""
+    pairs = [(x, y) for x, y in ((a.weight, b.weight), (a.bias, b.bias)) if x is not None]
+    return all(x.data_ptr() + x.numel() * x.element_size() == y.data_ptr() for x, y in pairs)

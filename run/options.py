@@ -106,7 +106,6 @@ class Options:
     resume: str = one_of("auto", "never", help="go on from the newest checkpoint in --out, or "
                          "refuse a used --out")
     report_to: str = one_of("none", "tensorboard", "wandb", help="besides log.jsonl")
-    shards: int = option(0, "hold one of so many parts of the state: dry runs with random weights")
     check: bool = option(False, "check model, data and machine, then stop")
 
     @property
@@ -120,7 +119,7 @@ ALLOWED = {         # what values may be: (whether one is, the options that it h
                                  "image_pixels"),
     "0 or more": (lambda x: x >= 0, "top_k beta length_low length_high length_bonus ordered_bonus "
                                     "ordered_factor warmup_steps weight_decay max_steps workers "
-                                    "save_every sample_every shards"),
+                                    "save_every sample_every"),
     "1 or more": (lambda x: x >= 1, "max_new_tokens epochs prompts_per_step max_prompt keep"),
     "2 or more": (lambda x: x >= 2, "G max_frames"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "ratio"),
@@ -151,8 +150,6 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("--freeze leaves nothing to train")
     if o.length_low > o.length_high:
         parser.error(f"--length_low {o.length_low} exceeds --length_high {o.length_high}")
-    if o.shards and not o.model.startswith("random:"):
-        parser.error("--shards holds a part of the state: for dry runs with --model random:7b only")
     for name in ("model", "data"):
         if not getattr(o, name):
             parser.error(f"--{name} is needed")

@@ -329,6 +329,28 @@ def test_an_item_that_ends_its_process_costs_no_other(method):
     assert not multiprocessing.active_children()
 
 
+class Surroundings:
+    def __getitem__(self, index):
+        return os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()
+
+
+def test_a_worker_has_no_gpu_and_one_thread(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert list(loader(Surroundings(), [0], 1, method="fork")) == [("", 1)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_items_hold_no_file_descriptors(world, tiny):
+    """torch's own queues hold one for each tensor, or a part of /dev/shm."""
+    records, _ = read_records(world / "train.json")
+    stream = loader(Prompts(records, world, tiny[1]), range(40), 1, method="fork")
+    held = [next(stream)]
+    before, shared = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    held += stream
+    assert len(held) == 40 and len(os.listdir("/proc/self/fd")) <= before
+    assert not {name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name}
+
+
 def test_a_lost_record_is_a_named_skip(world, tiny):
     records, _ = read_records(world / "train.json")
     item = Prompts(records, world, tiny[1]).lost(3, "decoding ended its process: Aborted")

@@ -446,6 +446,20 @@ def test_a_clip_that_kills_its_decoder_costs_its_questions_only(tiny, world):
     assert "(row 0)" in why and records[0]["path"] in why and "its process died" in why
 
 
+def test_seconds_between_temporal_patches_are_the_protocols(tiny, world, tmp_path):
+    records = read_questions(str(world / "test.json"))
+    clip = next(record for record in records if record["data_type"] == "video")
+    clip["path"] = "slow.y4m"
+    frames = toy.render(toy.new_scene(random.Random(0), "video"))
+    toy.write_y4m(tmp_path / "slow.y4m", frames, fps=1)     # two frames, so 2 s, to a patch
+    seconds = {}
+    for more in (["--direct"], ["--direct", "--seconds", "one"], []):
+        limits = evaluate.limits_of(parse(["--model", "m", "--data", "d", *more]))
+        [(_, prompt)] = evaluate.Clips([clip], str(tmp_path), tiny[1], limits)[0]
+        seconds[" ".join(more)] = prompt.seconds
+    assert seconds == {"--direct": 2.0, "--direct --seconds one": 1.0, "": 1.0}
+
+
 def test_questions_about_a_clip_share_its_decoding(checkpoint_folder, world, tmp_path, monkeypatch):
     rows = json.loads((world / "test.json").read_text())
     data = tmp_path / "shared.json"

@@ -94,7 +94,6 @@ def test_a_bad_value_is_one_line_that_says_what_is_allowed(name, value, allowed,
     (["--length_low", "600"], "--length_low 600 exceeds --length_high 512"),
     (["--freeze", "vision", "head"], "--freeze takes vision, projector, language, not 'head'"),
     (["--freeze", "language", "vision", "projector"], "--freeze leaves nothing to train"),
-    (["--shards", "8"], "--shards holds a part of the state"),
     (["--masking", "blur"], "replace"),         # argparse lists the choices
     (["--data", ""], "--data is needed"), (["--model", ""], "--model is needed"),
 ])
@@ -105,7 +104,6 @@ def test_values_that_do_not_go_together(arguments, says, capsys):
 @pytest.mark.parametrize("arguments", [
     ["--top_p", "1", "--ratio", "0", "--temperature", "0.1", "--beta", "0", "--keep", "1"],
     ["--G", "2", "--length_low", "512", "--workers", "0", "--save_every", "0"],
-    ["--model", "random:7b", "--shards", "8"],
     ["--freeze", "vision", "projector"],
 ])
 def test_values_at_the_edge_are_allowed(arguments):
