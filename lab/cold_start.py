@@ -26,10 +26,9 @@ def new_model(device: str) -> tuple[nn.Module, Processor]:
     tokenizer = toy.new_tokenizer()
     model = prepare(Qwen2_5_VLForConditionalGeneration(toy.new_config(tokenizer)), device)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    preprocessor = {
-        "image_mean": Vision.mean, "image_std": Vision.std, "patch_size": 14,
-        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": Vision.min_pixels,
-        "max_pixels": 12845056}
+    preprocessor = dict(image_mean=Vision.mean, image_std=Vision.std, patch_size=14,
+                        temporal_patch_size=2, merge_size=2, min_pixels=Vision.min_pixels,
+                        max_pixels=12845056)
     return model, Processor(tokenizer, model.config, preprocessor)
 
 

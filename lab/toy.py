@@ -10,11 +10,10 @@ A careless teacher misnames each attribute at a rate of its own (SLIPS) and answ
 The cold start imitates it: where a slip is likelier than the truth, greedy decoding is wrong
 although the right word has probability left, and reinforcement learning has to find it.
 
-    python -m lab.toy make DIR                       write clips, images, train.json, test.json
-    python -m lab.toy cold_start DIR                 remake the shipped cold start (cold_start.py)
-    python -m lab.toy attribution --model DIR --data WORLD
-                                                     what each signal selects (attribution_table.py)
-    python -m lab.toy table RUN                      accuracy before and after
+    python -m lab.toy make DIR                  write clips, images, train.json, test.json
+    python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py)
+    python -m lab.toy attribution --model DIR   what signals select (attribution_table.py)
+    python -m lab.toy table RUN                 accuracy before and after
 """
 
 import argparse
@@ -93,10 +92,8 @@ def new_scene(rng: random.Random, kind: str) -> dict:
         way, centre = rng.choice(list(WAYS)), (rng.randint(24, 32), rng.randint(24, 32))
         start = 4 if count == 2 and i != first else 0
         things.append(dict(shape=shape, colour=colour, way=way, start=start, centre=centre))
-    if count == 1:
-        return {"things": things, "flashes": []}
-    number = rng.randint(1, 4)
-    return {"things": things, "flashes": sorted(rng.sample(range(FRAMES // 2), number))}
+    flashes = rng.sample(range(FRAMES // 2), rng.randint(1, 4)) if count == 2 else []
+    return {"things": things, "flashes": sorted(flashes)}
 
 
 def render(scene: dict) -> np.ndarray:
@@ -139,7 +136,7 @@ def new_question(rng: random.Random, scene: dict, kind: str) -> dict:
     answer = chr(65 + words.index(truth)) if words else truth
     return {"problem": text, "data_type": "image" if still else "video",
             "problem_type": "multiple choice" if words else "numerical",
-            "options": [f"{chr(65 + i)}. {word}" for i, word in enumerate(words)],
+            "options": [f"{letter}. {word}" for letter, word in zip("ABCDEF", words)],
             "solution": f"<answer>{answer}</answer>",
             "data_source": "image" if still else kind, "truth": truth}
 
@@ -196,12 +193,12 @@ def make(folder: Path, train: int = 1600, test: int = 600, seed: int = 0) -> Non
         records = []
         for i in tqdm(range(count), desc=f"toy world: {split}", unit="clip"):
             scene, record = new_example(rng)
-            still = record["data_type"] == "image"
-            path = folder / split / f"{i:05d}.{'png' if still else 'y4m'}"
-            if still:
-                Image.fromarray(render(scene)[0]).save(path)
+            frames, path = render(scene), folder / split / f"{i:05d}.y4m"
+            if record["data_type"] == "video":
+                write_y4m(path, frames)
             else:
-                write_y4m(path, render(scene))
+                path = path.with_suffix(".png")
+                Image.fromarray(frames[0]).save(path)
             records.append({"problem_id": i, **record, "path": f"./{split}/{path.name}"})
         partial = folder / f"{split}.json.part"         # the list appears once its clips are there
         partial.write_text(json.dumps(records, indent=0))
@@ -253,23 +250,21 @@ def new_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL with 1.07 million parameters; every part of the 7B is there."""
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    text = dict(vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
-                num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=4096, rms_norm_eps=1e-6, rope_parameters=rope,
-                bos_token_id=None, eos_token_id=token("<|im_end|>"),
-                pad_token_id=token("<|endoftext|>"))
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
-                  out_hidden_size=128, window_size=112, fullatt_block_indexes=[1],
-                  tokens_per_second=2)
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"))
+    text = dict(
+        vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+        max_position_embeddings=4096, rope_parameters=rope, bos_token_id=None,
+        eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, window_size=112,
+                  out_hidden_size=128, fullatt_block_indexes=[1], tokens_per_second=2)
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = (token(f"<|{name}|>") for name in names)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image,
+                            video_token_id=video, vision_start_token_id=start,
+                            vision_end_token_id=end)
 
 
-def example_prompt(rng: random.Random, processor: Processor,
-                   careless: bool = True) -> tuple[Prompt, str]:
+def example_prompt(rng: random.Random, processor: Processor, careless=True) -> tuple[Prompt, str]:
     """A fresh prompt and what the teacher says, without a file in between."""
     scene, record = new_example(rng)
     frames = fit(render(scene), SIDE * SIDE, processor.vision)
@@ -295,11 +290,11 @@ def print_table(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["make", "cold_start", "attribution", "table"])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("toy_world"),
-                        help="what to write, or the run of `table`")
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--data", type=Path, default=Path("toy_world"))
+    add, world = parser.add_argument, Path("toy_world")
+    add("command", choices=["make", "cold_start", "attribution", "table"])
+    add("folder", type=Path, nargs="?", default=world, help="to write, or the run of `table`")
+    add("--model", default="cold_start")
+    add("--data", type=Path, default=world)
     a = parser.parse_args()
     # the two that build on this module are imported by name, so that it does not depend on them
     if a.command == "make":
