@@ -274,7 +274,7 @@ def test_a_rank_that_raises_ends_the_job(checkpoint_folder, world, tmp_path):
     assert len(log_of(tmp_path / "out")) == 1                   # the other rank did not go on
 
 
-# ------------------------------------------------------------------------------- kills and full disks
+# ----------------------------------------------------------------------------- kills and full disks
 def wait_for(process, condition, seconds=120):
     deadline = time.time() + seconds
     while not condition() and process.poll() is None and time.time() < deadline:
@@ -352,7 +352,7 @@ def test_without_checkpoints_nothing_is_claimed_and_the_old_log_is_kept(run, tmp
     assert "left after step 2 of 4" in said and "nothing is saved" in said
     assert not list(tmp_path.glob("checkpoint-*"))
     before = (tmp_path / "log.jsonl").read_text()
-    run(tmp_path, "--max_steps", 1, "--save_every", 0)          # --resume auto has nothing to resume
+    run(tmp_path, "--max_steps", 1, "--save_every", 0)          # nothing to resume from
     assert steps_in(tmp_path) == 1
     (aside,) = tmp_path.glob("log.jsonl.before-*")
     assert aside.read_text() == before and len(before.splitlines()) == 2
@@ -455,7 +455,7 @@ def test_what_was_skipped_stands_once_when_a_run_goes_on(run, world, tmp_path):
     assert logged(tmp_path / "out", "step", "skipped") == [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
 
 
-# -------------------------------------------------------------------------------------------- guards
+# ------------------------------------------------------------------------------------------- guards
 def test_a_model_that_breaks_stops_after_some_steps(run, checkpoint_folder, tmp_path):
     """NaN in the weights makes NaN of scores and losses alike: steps are skipped and counted, then
     the run stops."""
