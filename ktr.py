@@ -100,8 +100,20 @@ class Scorer(nn.Module):
 
 
 def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: list[Rollout],
-          scale: float, clock: Clock) -> None:
-    """Score, attribute and differentiate some rollouts; `scale` weighs their loss in the step's."""
+          clock: Clock) -> None:
+    """Score, attribute and differentiate the step's rollouts, as many at once as fit a row."""
+    rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]
+    parts = batches(rows, ROW_TOKENS) or [slice(0)]
+    for part in parts:
+        alone = not isinstance(scorer, DistributedDataParallel)
+        last = part is parts[-1]                # DDP averages in the last backward
+        with nullcontext() if alone or last else scorer.no_sync():
+            learn_from(o, scorer, reference, rollouts[part], clock)
+
+
+def learn_from(o: Options, scorer: nn.Module, reference: nn.Module | None,
+               rollouts: list[Rollout], clock: Clock) -> None:
+    """`learn` for one packed row. The loss is the mean over the step's prompts of all ranks."""
     prompts, groups = [r.prompt for r in rollouts], [r.group for r in rollouts]
     stats = scorer(prompts, groups)
     if not rollouts:
@@ -126,7 +138,7 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
             r.logp, r.logp.detach(), r.ref_logp, r.advantages.to(r.logp.device), r.group.valid,
             r.key_mask, beta=o.beta, clip=o.clip, normalize=o.normalize, kl_on=o.kl_on)
         r.metrics["loss"] = one.detach()
-        loss = loss + one * scale
+        loss = loss + one / o.prompts_per_step
     loss.backward()
     for r in rollouts:
         r.logp = r.logp.detach()
@@ -139,6 +151,16 @@ def learning_rate(o: Options, step: int, steps: int) -> float:
         return o.lr * (step + 1) / o.warmup_steps
     done = (step - o.warmup_steps) / max(1, steps - o.warmup_steps)
     return o.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def keep_samples(o: Options, log: Log, model: nn.Module, processor: Processor,
+                 rollouts: list[Rollout], watched: tuple | None, step: int) -> None:
+    """One rollout of the step, and one of the watched prompt, go to samples.jsonl."""
+    for r in rollouts[:1]:
+        log.sample(sample_of(r, step, processor.tokenizer))
+    if watched:
+        r = watch(o, model, processor, watched)
+        log.sample(sample_of(r, step, processor.tokenizer, watched=True))
 
 
 def watch(o: Options, model: nn.Module, processor: Processor,
@@ -212,6 +234,15 @@ def stop_if_hopeless(o: Options, state: dict) -> None:
                          f"--videos {o.videos}` lists them all for --leave_out")
 
 
+def leave_early(o: Options, rank: int, step: int, steps: int) -> None:
+    """SystemExit with SIGTERM's code, after a line that says what is saved."""
+    if rank == 0:
+        saved = f"saved {checkpoint.newest(Path(o.out))}" if o.save_every else "nothing is saved"
+        print(f"SIGTERM: left after step {step} of {steps}, {saved}; start again with "
+              f"--resume auto to continue")
+    raise SystemExit(143)
+
+
 def main(o: Options) -> None:
     records, left_out = preflight(o)
     if o.check:
@@ -239,12 +270,7 @@ def main(o: Options) -> None:
             rollouts = roll_out(o, model, processor, prompts)
             clock("sample")
             memory("decoding")
-            rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]
-            parts = batches(rows, ROW_TOKENS) or [slice(0)]
-            for part in parts:
-                last = part is parts[-1]        # DDP averages in the last backward
-                with nullcontext() if last or world == 1 else scorer.no_sync():
-                    learn(o, scorer, reference, rollouts[part], 1 / A, clock)
+            learn(o, scorer, reference, rollouts, clock)
         memory("gradients")
 
         norm = optimizer.grad_norm()            # the same on every rank
@@ -264,22 +290,14 @@ def main(o: Options) -> None:
                                            "skipped": state["skipped"]}, clock)
         log.memory(memory.after(step + 1 - first))
         if rank == 0 and (step + 1) % (o.sample_every or max(1, steps // 100)) == 0:
-            for r in rollouts[:1]:
-                log.sample(sample_of(r, step + 1, processor.tokenizer))
-            if watched:
-                r = watch(o, model, processor, watched)
-                log.sample(sample_of(r, step + 1, processor.tokenizer, watched=True))
+            keep_samples(o, log, model, processor, rollouts, watched, step + 1)
         stop_if_hopeless(o, state)
         stopping = leaving.step_ended(totals["leaving"])
         if o.save_every and ((step + 1) % o.save_every == 0 or step + 1 == steps or stopping):
             with leaving.saving():
                 checkpoint.save(out, model, processor, optimizer, state, asdict(o), steps, o.keep)
         if stopping and step + 1 < steps:
-            if rank == 0:
-                saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
-                print(f"SIGTERM: left after step {step + 1} of {steps}, {saved}; start again with "
-                      f"--resume auto to continue")
-            raise SystemExit(143)
+            leave_early(o, rank, step + 1, steps)
     leaving.heard.set()
     if rank == 0 and o.save_every:
         checkpoint.point_to_newest(out)
