@@ -107,8 +107,9 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert len({s["path"] for s in samples if s["watched"]}) == 1
     for completion in samples[0]["completions"]:
         n = len(completion["tokens"])
+        assert set(completion["signals"]) == set(completion["chosen"]) >= {"visual", "entropy"}
         rows = [*completion["signals"].values(), *completion["chosen"].values()]
-        assert len(rows) == 6 and all(len(row) == n for row in rows)
+        assert all(len(row) == n for row in rows)
 
 
 def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
@@ -155,7 +156,7 @@ def test_prompts_scored_together_and_in_parts_make_one_update(run, tmp_path, mon
     monkeypatch.setattr(ktr, "ROW_TOKENS", 1)
     run(tmp_path / "apart", *more)
     (one,), (two,) = (logged(tmp_path / x, "grad_norm", "loss") for x in ("together", "apart"))
-    assert one == pytest.approx(two, rel=1e-4) and one[0] > 0
+    assert one == pytest.approx(two, rel=1e-4, abs=1e-6) and one[0] > 0
 
 
 def test_a_prompt_that_no_signal_applies_to(run, world, tmp_path):
