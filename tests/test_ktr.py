@@ -31,6 +31,14 @@ def arguments(checkpoint_folder, world, out, *more):
     return [str(x) for x in given]
 
 
+@pytest.fixture(autouse=True)
+def ends_on_sigterm():
+    """A run in this process takes SIGTERM for itself; afterwards it ends the tests as usual."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+
+
 @pytest.fixture
 def run(checkpoint_folder, world):
     """run(out, *options): a run in this process."""
