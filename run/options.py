@@ -48,7 +48,7 @@ class Options:
     freeze: list[str] = option([], "of vision, projector, language; default: train all weights")
     # attribution
     signals: list[str] = option(["visual", "temporal", "entropy"], "of attribution.SIGNALS")
-    ratio: float = option(0.2, "share of the tokens that each signal keeps")
+    ratio: float = option(0.2, "share of the tokens that each signal keeps (paper: 20%%)")
     shift: str = one_of("abs", "signed", help="how a change of log-probability becomes a score")
     masking: str = one_of("hide", "zero", "half", "replace", help="video tokens not attended to, "
                           "features zeroed, half of the tokens, another clip")
