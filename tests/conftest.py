@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1)        # tiny models: two threads mostly wait for each other
 
 import policy  # noqa: E402
 from lab import toy  # noqa: E402
