@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)        # tiny models: two threads mostly wait for each other
 
+import attribution  # noqa: E402
 import policy  # noqa: E402
-from lab import toy  # noqa: E402
+from lab import cold_start, toy  # noqa: E402
 from prompt import patches  # noqa: E402
 
 
@@ -23,7 +24,7 @@ from prompt import patches  # noqa: E402
 def checkpoint_folder(tmp_path_factory):
     """A checkpoint of random weights, large enough that its outputs depend on what it sees."""
     folder = tmp_path_factory.mktemp("tiny")
-    toy.cold_start(folder, steps=1, batch=2)
+    cold_start.train(folder, steps=1, batch=2)
     model, processor = policy.load(str(folder))
     torch.manual_seed(3)
     with torch.no_grad():
@@ -44,6 +45,16 @@ def tiny(checkpoint_folder):
 def plain(checkpoint_folder):
     """The same weights in an untouched transformers model."""
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint_folder).eval()
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test registers is gone after it."""
+    before = {name: dict(registry) for name, registry in attribution.SEAMS.items()}
+    yield
+    for name, registry in attribution.SEAMS.items():
+        registry.clear()
+        registry.update(before[name])
 
 
 @pytest.fixture(scope="session")

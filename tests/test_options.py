@@ -2,8 +2,8 @@
 
 import pytest
 
-from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS
-from attribution import SIGNALS
+from ablations import DISTANCES, MASKINGS, ORDERS
+from attribution import SEAMS, SIGNALS
 from policy import parts
 from run.options import ALLOWED, MAY_CHANGE, PARTS, PRESETS, Options, parse
 
@@ -35,7 +35,8 @@ def test_choices_are_those_of_the_registries(tiny):
     assert choices_of("masking") == list(MASKINGS)
     assert choices_of("order") == list(ORDERS)
     assert choices_of("distance") == ["logp", *DISTANCES]
-    assert choices_of("weighting") == ["binary", *WEIGHTINGS]
+    for name in ("weighting", "advantage", "penalty", "bonus"):
+        assert getattr(Options(), name) in SEAMS[name]
     assert set(Options().signals) <= set(SIGNALS)
     assert list(parts(tiny[0])) == list(PARTS)
 
