@@ -57,7 +57,8 @@ def read_questions(path: str) -> list[dict]:
 def worded(record: dict, protocol: str, benchmark: str) -> dict:
     """The record with the protocol's own words under "whole_prompt", where it has any."""
     chosen = PROTOCOLS[protocol]
-    words = FACTS["prompts"][chosen["own_prompt"].get(benchmark, chosen["prompt"])]
+    known = "video-holmes" if "video ID" in record else benchmark       # its own list, any name
+    words = FACTS["prompts"][chosen["own_prompt"].get(known, chosen["prompt"])]
     if words["text"] is None:                   # QUESTION_EVAL and TYPE of prompt.py
         return record
     options = []
@@ -105,8 +106,7 @@ class Clips:
 
     def lost(self, index: int, reason: str) -> list[tuple[dict, str]]:
         """What stands for a clip whose decoding process died or hung."""
-        return [(record, f"{name_of(record)}: {record['path']}: {reason}")
-                for record in self.groups[index]]
+        return [(r, f"{name_of(r)}: {r['path']}: {reason}") for r in self.groups[index]]
 
     def __getitem__(self, index: int) -> list[tuple[dict, Prompt | str]]:
         records, limits, made = self.groups[index], self.limits, []
@@ -199,9 +199,10 @@ def run(a: argparse.Namespace) -> dict | None:
     missing = [path for path in paths if path not in found]
     if missing and (not found or not a.allow_missing):
         doubts = [f"{place} may be another clip than {path}" for path, place in ambiguous.items()]
-        raise SystemExit(f"error: {len(missing)} of {len(paths)} clips are not under {a.videos}, "
-                         f"the first: {missing[0]}; {'; '.join([*doubts[:3], ''])}"
-                         f"--allow_missing counts them as unreadable")
+        message = [f"error: {len(missing)} of {len(paths)} clips are not under {a.videos} "
+                   f"({len(doubts)} in doubt), the first: {missing[0]}", *doubts[:3]]
+        hint = ["--allow_missing counts them as unreadable"] if found else []
+        raise SystemExit("; ".join(message + hint))
     records = [{**record, "path": found.get(record["path"], record["path"])} for record in records]
     wording = json.dumps([QUESTION_EVAL, TYPE, FACTS["prompts"]])
     settings = {"model": a.model, "weights": fingerprint(a.model), "benchmark": benchmark,

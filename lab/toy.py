@@ -10,12 +10,11 @@ A careless teacher misnames each attribute at a rate of its own (SLIPS) and answ
 The cold start imitates it: where a slip is likelier than the truth, greedy decoding is wrong
 although the right word has probability left, and reinforcement learning has to find it.
 
-    python -m lab.toy make DIR                       write clips, images, train.json, test.json
-    python -m lab.toy cold_start DIR                 remake the shipped cold start (cold_start.py);
-                                                     --family qwen2 or qwen3: another family's
-    python -m lab.toy attribution --model DIR --data WORLD
-                                                     what each signal selects (attribution_table.py)
-    python -m lab.toy table RUN                      accuracy before and after
+    python -m lab.toy make DIR                  write clips, images, train.json, test.json
+    python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py);
+                                                --family qwen2, qwen3: another family's
+    python -m lab.toy attribution --model DIR   what signals select (attribution_table.py)
+    python -m lab.toy table RUN                 accuracy before and after
 """
 
 import argparse
@@ -95,10 +94,8 @@ def new_scene(rng: random.Random, kind: str) -> dict:
         way, centre = rng.choice(list(WAYS)), (rng.randint(24, 32), rng.randint(24, 32))
         start = 4 if count == 2 and i != first else 0
         things.append(dict(shape=shape, colour=colour, way=way, start=start, centre=centre))
-    if count == 1:
-        return {"things": things, "flashes": []}
-    number = rng.randint(1, 4)
-    return {"things": things, "flashes": sorted(rng.sample(range(FRAMES // 2), number))}
+    flashes = rng.sample(range(FRAMES // 2), rng.randint(1, 4)) if count == 2 else []
+    return {"things": things, "flashes": sorted(flashes)}
 
 
 def render(scene: dict) -> np.ndarray:
@@ -141,7 +138,7 @@ def new_question(rng: random.Random, scene: dict, kind: str) -> dict:
     answer = chr(65 + words.index(truth)) if words else truth
     return {"problem": text, "data_type": "image" if still else "video",
             "problem_type": "multiple choice" if words else "numerical",
-            "options": [f"{chr(65 + i)}. {word}" for i, word in enumerate(words)],
+            "options": [f"{letter}. {word}" for letter, word in zip("ABCDEF", words)],
             "solution": f"<answer>{answer}</answer>",
             "data_source": "image" if still else kind, "truth": truth}
 
@@ -198,12 +195,12 @@ def make(folder: Path, train: int = 1600, test: int = 600, seed: int = 0) -> Non
         records = []
         for i in tqdm(range(count), desc=f"toy world: {split}", unit="clip"):
             scene, record = new_example(rng)
-            still = record["data_type"] == "image"
-            path = folder / split / f"{i:05d}.{'png' if still else 'y4m'}"
-            if still:
-                Image.fromarray(render(scene)[0]).save(path)
+            frames, path = render(scene), folder / split / f"{i:05d}.y4m"
+            if record["data_type"] == "video":
+                write_y4m(path, frames)
             else:
-                write_y4m(path, render(scene))
+                path = path.with_suffix(".png")
+                Image.fromarray(frames[0]).save(path)
             records.append({"problem_id": i, **record, "path": f"./{split}/{path.name}"})
         partial = folder / f"{split}.json.part"         # the list appears once its clips are there
         partial.write_text(json.dumps(records, indent=0))
@@ -273,8 +270,7 @@ def new_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5") -> P
                                sections, theta=10000.0, tied=family == "qwen3")
 
 
-def example_prompt(rng: random.Random, processor: Processor,
-                   careless: bool = True) -> tuple[Prompt, str]:
+def example_prompt(rng: random.Random, processor: Processor, careless=True) -> tuple[Prompt, str]:
     """A fresh prompt and what the teacher says, without a file in between."""
     scene, record = new_example(rng)
     vision = processor.vision
@@ -301,12 +297,12 @@ def print_table(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["make", "cold_start", "attribution", "table"])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("toy_world"),
-                        help="what to write, or the run of `table`")
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--data", type=Path, default=Path("toy_world"))
-    parser.add_argument("--family", choices=TINY, default="qwen2.5", help="of `cold_start`")
+    add, world = parser.add_argument, Path("toy_world")
+    add("command", choices=["make", "cold_start", "attribution", "table"])
+    add("folder", type=Path, nargs="?", default=world, help="to write, or the run of `table`")
+    add("--model", default="cold_start")
+    add("--data", type=Path, default=world)
+    add("--family", choices=TINY, default="qwen2.5", help="of `cold_start`")
     a = parser.parse_args()
     # the two that build on this module are imported by name, so that it does not depend on them
     if a.command == "make":

@@ -200,9 +200,13 @@ def test_the_words_of_each_protocol():
     own = question_text(worded(record, "video-ktr", "video-holmes"))
     assert own.startswith("Based on the given video, reason and answer the single-choice question.")
     assert own.endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
-    usual = question_text(record, QUESTION_EVAL)
+    assert question_text(worded(record, "video-ktr", "custom")) == own      # a renamed list
+    listed = {key: record[key] for key in ("problem", "problem_type", "options")}
+    assert question_text(worded(listed, "video-ktr", "video-holmes")) == own
+    usual = question_text(listed, QUESTION_EVAL)
     for protocol, benchmark in [("video-r1", "video-holmes"), ("video-ktr", "mmvu")]:
-        assert question_text(worded(record, protocol, benchmark), QUESTION_EVAL) == usual
+        assert question_text(worded(listed, protocol, benchmark), QUESTION_EVAL) == usual
+    assert question_text(worded(record, "video-r1", "video-holmes"), QUESTION_EVAL) == usual
     untidy = {"problem": "Why {x}?\nOptions:", "problem_type": "multiple choice",
               "options": ["A) one {y}", "two", "(C) three", "E. four"]}
     assert question_text(worded(untidy, "direct", "mmvu")) == (
@@ -357,7 +361,6 @@ def test_other_weights_do_not_mix(checkpoint_folder, tmp_path):
 LATE = """
 import time, sys, torch.distributed as dist
 import evaluate
-from engine.sharded import leave
 
 def then_wait(function):
     def late(*a, **k):
@@ -368,7 +371,7 @@ def then_wait(function):
 dist.barrier = then_wait(dist.barrier)
 dist.broadcast_object_list = then_wait(dist.broadcast_object_list)
 evaluate.main(evaluate.parse(sys.argv[1:]))
-leave()
+evaluate.leave()
 """
 
 
@@ -431,7 +434,7 @@ def test_an_ambiguous_clip_is_named(checkpoint_folder, world, tmp_path):
     data = tmp_path / "some.json"
     data.write_text(json.dumps(rows))
     command = [*arguments(checkpoint_folder, tmp_path, tmp_path / "out"), "--data", str(data)]
-    with pytest.raises(SystemExit, match=f"{name} may be another clip than ./a/{name}"):
+    with pytest.raises(SystemExit, match=f"2 in doubt.* {name} may be another clip than ./a/"):
         main(parse(command))
 
 

@@ -20,7 +20,7 @@ from run.logs import rows_of
 from run.options import Options, parse
 
 SMALL = ["--dtype", "float32", "--max_new_tokens", "12", "--G", "4", "--workers", "0",
-         "--lr", "1e-3", "--no_checkpointing"]
+         "--lr", "1e-3", "--no_checkpointing", "--sample_every", "1000"]
 WHOLE = ["--prompts_per_step", 2, "--max_steps", 6, "--save_every", 2, "--keep", 2,
          "--sample_every", 2]
 
@@ -29,6 +29,14 @@ def arguments(checkpoint_folder, world, out, *more):
     given = ["--model", checkpoint_folder, "--data", world / "train.json", "--videos", world,
              "--out", out, *SMALL, *more]
     return [str(x) for x in given]
+
+
+@pytest.fixture(autouse=True)
+def ends_on_sigterm():
+    """A run in this process takes SIGTERM for itself; afterwards it ends the tests as usual."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture
@@ -107,8 +115,9 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert len({s["path"] for s in samples if s["watched"]}) == 1
     for completion in samples[0]["completions"]:
         n = len(completion["tokens"])
+        assert set(completion["signals"]) == set(completion["chosen"]) >= {"visual", "entropy"}
         rows = [*completion["signals"].values(), *completion["chosen"].values()]
-        assert len(rows) == 6 and all(len(row) == n for row in rows)
+        assert all(len(row) == n for row in rows)
 
 
 def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
@@ -155,7 +164,7 @@ def test_prompts_scored_together_and_in_parts_make_one_update(run, tmp_path, mon
     monkeypatch.setattr(ktr, "ROW_TOKENS", 1)
     run(tmp_path / "apart", *more)
     (one,), (two,) = (logged(tmp_path / x, "grad_norm", "loss") for x in ("together", "apart"))
-    assert one == pytest.approx(two, rel=1e-4) and one[0] > 0
+    assert one == pytest.approx(two, rel=1e-4, abs=1e-6) and one[0] > 0
 
 
 def test_a_prompt_that_no_signal_applies_to(run, world, tmp_path):
@@ -274,7 +283,7 @@ def test_a_rank_that_raises_ends_the_job(checkpoint_folder, world, tmp_path):
     assert len(log_of(tmp_path / "out")) == 1                   # the other rank did not go on
 
 
-# ------------------------------------------------------------------------------- kills and full disks
+# ----------------------------------------------------------------------------- kills and full disks
 def wait_for(process, condition, seconds=120):
     deadline = time.time() + seconds
     while not condition() and process.poll() is None and time.time() < deadline:
@@ -288,7 +297,7 @@ def steps_in(out):
 def test_sigkill_and_resume_repeat_the_run_bit_for_bit(whole_run, run, checkpoint_folder, world,
                                                        tmp_path):
     command = ["ktr.py", *arguments(checkpoint_folder, world, tmp_path, *WHOLE)]
-    process = start(command, OMP_NUM_THREADS="2")
+    process = start(command)
     wait_for(process, lambda: steps_in(tmp_path) >= 3)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
@@ -352,7 +361,7 @@ def test_without_checkpoints_nothing_is_claimed_and_the_old_log_is_kept(run, tmp
     assert "left after step 2 of 4" in said and "nothing is saved" in said
     assert not list(tmp_path.glob("checkpoint-*"))
     before = (tmp_path / "log.jsonl").read_text()
-    run(tmp_path, "--max_steps", 1, "--save_every", 0)          # --resume auto has nothing to resume
+    run(tmp_path, "--max_steps", 1, "--save_every", 0)          # nothing to resume from
     assert steps_in(tmp_path) == 1
     (aside,) = tmp_path.glob("log.jsonl.before-*")
     assert aside.read_text() == before and len(before.splitlines()) == 2
@@ -455,7 +464,7 @@ def test_what_was_skipped_stands_once_when_a_run_goes_on(run, world, tmp_path):
     assert logged(tmp_path / "out", "step", "skipped") == [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
 
 
-# -------------------------------------------------------------------------------------------- guards
+# ------------------------------------------------------------------------------------------- guards
 def test_a_model_that_breaks_stops_after_some_steps(run, checkpoint_folder, tmp_path):
     """NaN in the weights makes NaN of scores and losses alike: steps are skipped and counted, then
     the run stops."""

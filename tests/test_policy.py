@@ -105,7 +105,7 @@ def test_hiding_the_video_equals_an_attention_mask(tiny, plain, prompts, groups)
 def test_completions_stay_where_they_were_when_a_long_clip_is_hidden(tiny, prompts):
     """In a long clip the highest position is the last second's; hiding it must not move the
     completion."""
-    long = prompts[0].timed(30.0)
+    long = tiny[1].prompt(prompts[0].record, prompts[0].frames, seconds_per_frame=15.0)
     assert long.positions[:, ~long.visual].max() < long.positions.max()
     assert long.hidden().next_position == long.next_position == int(long.positions.max()) + 1
     assert long.hidden("moved").next_position == len(long.hidden("moved").ids)
