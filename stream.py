@@ -28,13 +28,12 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
     def fail(message: object):
         raise SystemExit(f"error: {message}")
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     unknown = [name for name in o.signals if name not in SIGNALS]
     if unknown:
         fail(f"unknown signal {unknown[0]!r}; known: {', '.join(SIGNALS)}")
-    if torch.cuda.is_available() and here > torch.cuda.device_count():
-        fail(f"{here} processes on this machine but only {torch.cuda.device_count()} GPUs; "
-             f"lower NPROC")
+    if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
+        fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
     if not Path(o.data).is_file():
         fail(f"--data {o.data}: no such file")
     if not Path(o.videos).is_dir():
