@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from itertools import groupby, islice
 from pathlib import Path
-from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from data import Limits, Prompts, Skipped, check_record, load_media, read_json
 from engine.workers import loader
 from policy import load, sample
 from prompt import QUESTION_EVAL, BadRecord, Prompt, name_of, question_text
-from rewards import extract_answer, grade, unlettered
+from rewards import by_letter, extract_answer, grade
 from run.distributed import distributed, leave
 
 FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
@@ -47,11 +46,12 @@ def worded(record: dict, protocol: str, benchmark: str) -> dict:
     words = FACTS["prompts"].get(by_benchmark.get(benchmark, by_benchmark["default"]))
     if words is None:                           # QUESTION_EVAL and TYPE of prompt.py
         return record
-    options = words["between"].join(words["option"].format(letter=letter, text=text) for letter,
-                                    text in zip(ascii_uppercase, unlettered(record["options"])))
+    options = [words["option"].format(letter=letter, text=text)
+               for letter, text in by_letter(record["options"]).items()]
     question = record["problem"].strip().removesuffix("Options:").strip()
-    template = words["text"] if options else words["without_options"]
-    return {**record, "whole_prompt": template.format(question=question, options=options)}
+    template = words["text"] if options else words.get("without_options", words["text"])
+    prompt = template.format(question=question, options=words["between"].join(options))
+    return {**record, "whole_prompt": prompt}
 
 
 def read_questions(path: str, protocol: str, benchmark: str) -> list[dict]:
@@ -116,13 +116,6 @@ def one_question(a: argparse.Namespace) -> None:
     print(row["output"])
 
 
-def append(path: Path, rows: list[dict]) -> None:
-    """Add whole lines; the lock keeps those of several processes apart."""
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def taken_up(path: Path, settings: dict) -> set[int]:
     """Rows that `path` holds answers to. A file of other settings is refused (SystemExit), a line
     that a kill cut short is dropped, and a new file begins with its settings."""
@@ -130,7 +123,7 @@ def taken_up(path: Path, settings: dict) -> set[int]:
     path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     if path.stat().st_size == 0:
-        append(path, [{"settings": settings}])
+        path.write_text(json.dumps({"settings": settings}) + "\n")
     old, rows = read_predictions(path)
     changed = ", ".join(name for name in settings if settings[name] != old.get(name))
     if changed:
@@ -141,16 +134,14 @@ def taken_up(path: Path, settings: dict) -> set[int]:
 def run(a: argparse.Namespace) -> dict | None:
     """Answer what is not answered yet; rank 0 prints, keeps and returns the table."""
     records = read_questions(a.data, a.protocol, a.benchmark)
-    paths = sorted({record["path"] for record in records})
-    missing = [path for path in paths if not os.path.isfile(Path(a.videos, path))]
-    if missing and not a.allow_missing:
-        raise SystemExit(f"error: {len(missing)} of {len(paths)} clips are not under {a.videos}, "
-                         f"the first: {missing[0]}; --allow_missing counts them as unreadable")
+    if not any(os.path.isfile(Path(a.videos, record["path"])) for record in records):
+        raise SystemExit(f"error: {a.videos} holds none of the clips that {a.data} names")
     asked = json.dumps([[r, question_text(r, QUESTION_EVAL)] for r in records]).encode()
     weights = sorted(Path(a.model).glob("*.safetensors"))
     settings = {"model": a.model, "weights_written": [file.stat().st_mtime for file in weights],
                 "questions": hashlib.sha256(asked).hexdigest()[:16], "dtype": a.dtype,
                 "benchmark": a.benchmark, "protocol": a.protocol,
+                "score that counts": PROTOCOLS[a.protocol]["score"],
                 **{name: getattr(a, name) for name in FACTS["options"]}}
     rank, world, device = distributed(timedelta(hours=24))      # for ranks with longer clips
     path = Path(a.out, "predictions.jsonl")
@@ -160,7 +151,9 @@ def run(a: argparse.Namespace) -> dict | None:
     todo = [record for record in records if record["row"] not in done[0]]
     todo.sort(key=lambda record: record["path"])
     for rows in answers(todo, a, device, rank, world) if todo else ():
-        append(path, rows)
+        with open(path, "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)    # keeps the lines of several processes apart
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -240,19 +233,16 @@ def report(rows: list[dict], benchmark: str, settings: dict) -> dict:
             parts[part_of(row, split)].append(row)
         parts.pop(None, None)
         table |= {f"{name}: {part}": summarise(parts[part]) for part in sorted(parts)}
-    width = max(map(len, table))
-    print(f"{'':{width}}      n  strict  (95% interval)  lenient  unparsed  unreadable")
     for name, s in table.items():
         low, high = s["interval"]
-        print(f"{name:{width}}  {s['n']:5d}  {s['strict']:6.1%}  ({low:5.1%} to {high:6.1%})"
-              f"  {s['lenient']:7.1%}  {s['unparsed']:8d}  {s['unreadable']:10d}")
+        print(f"{name:24} {s['n']:5d} answers: strict {s['strict']:6.1%} "
+              f"({low:6.1%} to {high:6.1%}), lenient {s['lenient']:6.1%}, "
+              f"{s['unparsed']} unparsed; {s['unreadable']} unreadable")
     letter, share = table["all"]["always"]
     print(f"always answering {letter}: {share:.1%} of the multiple choice questions")
-    if settings:
-        values = ", ".join(f"{name} {settings.get(name)}" for name in FACTS["options"])
-        score = PROTOCOLS[settings["protocol"]]["score"]
-        print(f"protocol {settings['protocol']}, which counts the {score} score: {values}")
-    print(f"{len(rows)} questions; the whole benchmark has {BENCHMARKS[benchmark]['size']}")
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    size = BENCHMARKS[benchmark]["size"] or "no fixed number"
+    print(f"{len(rows)} questions; the whole benchmark has {size}")
     print(f"published figure: {published(benchmark, settings)}")
     return table
 
@@ -313,7 +303,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--batch", type=int, default=32, help="questions decoded together")
     add("--workers", type=int, default=4, help="decoding processes per rank")
-    add("--allow_missing", action="store_true", help="count missing clips as unreadable")
     add("--rescore", metavar="FILE", help="score these predictions; no model needed")
     add("--compare", nargs=2, metavar=("A", "B"), help="difference of two predictions files")
     add("--video", help="answer one --question about this clip or image")

@@ -111,22 +111,27 @@ def final_words(output: str) -> str:
     return (BOXED.findall(blocks[-1]) or blocks)[-1].strip()
 
 
-def unlettered(options: list[str]) -> list[str]:
-    """The options' texts, without the letter of their place ("B. two", "(B) two" -> "two")."""
-    return [re.sub(rf"^\s*\(?{letter}\s*[.):]\s*", "", option)
-            for letter, option in zip(ascii_uppercase, options)]
+def plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .*\"'")
+
+
+def by_letter(options: list[str]) -> dict[str, str]:
+    """{letter: text} of options with or without letters: "two", "B. two" or "(B) two" at B."""
+    return {letter: re.sub(rf"^\s*\(?{letter}\s*[.):]\s*", "", option)
+            for letter, option in zip(ascii_uppercase, options)}
 
 
 def lenient_choice(output: str, options: list[str]) -> str:
     """The letter that an output chooses, or "": by the first of CHOSEN that it holds, the last of
     several, or by being the text of exactly one option."""
-    text, known = final_words(output), ascii_uppercase[:len(options) or 26]
+    text, texts = final_words(output), by_letter(options)
     for pattern in CHOSEN:
         letters = pattern.findall(text)
         if letters:
-            return letters[-1].upper() if letters[-1].upper() in known else ""
-    plain = [" ".join(x.lower().split()).strip(" .*\"'") for x in (text, *unlettered(options))]
-    return known[plain.index(plain[0], 1) - 1] if plain.count(plain[0]) == 2 else ""
+            letter = letters[-1].upper()
+            return letter if letter in texts or not options else ""
+    same = [letter for letter, option in texts.items() if plain(option) == plain(text)]
+    return same[0] if len(same) == 1 else ""
 
 
 def lenient_number(output: str) -> str:

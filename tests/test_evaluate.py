@@ -126,7 +126,7 @@ def test_figures_are_for_this_benchmark_protocol_and_frames_only(capsys):
 def test_the_protocol_is_printed_with_every_result(capsys):
     report([row(RIGHT)], "mmvu", settings_of("direct", "mmvu", frames=64))
     printed = capsys.readouterr().out
-    assert "protocol direct, which counts the lenient score: frames 64, fps 2.0" in printed
+    assert "protocol direct" in printed and "frames 64, fps 2.0" in printed
     assert "max_new_tokens 16, temperature 0.0, top_p 1.0, seconds true" in printed
     assert "1 questions; the whole benchmark has 625" in printed
 
@@ -303,7 +303,7 @@ import evaluate
 def then_wait(function):
     def late(*a, **k):
         function(*a, **k)
-        time.sleep(2 * dist.get_rank())
+        time.sleep(dist.get_rank())
     return late
 
 dist.barrier = then_wait(dist.barrier)
@@ -353,14 +353,14 @@ def test_unreadable_and_missing_clips(checkpoint_folder, world, tmp_path):
     data = tmp_path / "some.json"
     data.write_text(json.dumps(rows))
     command = [*arguments(checkpoint_folder, world, tmp_path / "out"), "--data", str(data)]
-    with pytest.raises(SystemExit, match="1 of 6 clips are not under .*none.y4m"):
-        main(parse(command))
+    with pytest.raises(SystemExit, match="holds none of the clips"):
+        main(parse([*command, "--videos", str(tmp_path)]))
     assert not (tmp_path / "out").exists()                  # said before anything is made or loaded
-    table = main(parse([*command, "--allow_missing"]))
+    table = main(parse(command))
     assert (table["all"]["n"], table["all"]["unreadable"]) == (4, 2)
     frames = toy.render(toy.new_scene(random.Random(0), "video"))
     toy.write_y4m(world / "test" / "bad.y4m", frames)       # repaired: a rerun answers it
-    table = main(parse([*command, "--allow_missing"]))
+    table = main(parse(command))
     assert (table["all"]["n"], table["all"]["unreadable"]) == (5, 1)
 
 
@@ -451,7 +451,8 @@ def test_rescoring_says_the_files_frames(tmp_path, capsys):
     path.write_text("".join(json.dumps(line) + "\n" for line in [head, *OTHERS]))
     main(parse(["--rescore", str(path)]))
     printed = capsys.readouterr().out
-    assert "frames 64" in printed and "61.6" in printed and "66.6" in printed and "61.3" not in printed
+    assert "frames 64" in printed and "61.3" not in printed
+    assert "61.6" in printed and "66.6" in printed
     main(parse(["--rescore", str(path), "--benchmark", "videomme"]))
     printed = capsys.readouterr().out
     assert "published figure: none" in printed and "58.8" not in printed and "66.6" not in printed
