@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import groupby, islice
@@ -197,31 +197,30 @@ def summarise(rows: list[dict]) -> dict:
     grades = [row["grade"] for row in rows if "grade" in row]
     n = len(grades)
     strict, lenient, parsed = (sum(g[i] for g in grades) for i in range(3))
-    choices = [row["solution"] for row in rows if row["problem_type"] == "multiple choice"]
-    letters = Counter(extract_answer(solution) or solution for solution in choices)
-    letter, most = max(letters.items(), key=lambda item: item[1], default=(None, 0))
+    letters = [extract_answer(row["solution"]) or row["solution"] for row in rows
+               if row["problem_type"] == "multiple choice"]
+    letter = max(sorted(set(letters)), key=letters.count, default=None)
     return {"n": n, "strict": strict / max(1, n), "lenient": lenient / max(1, n),
             "interval": wilson(strict / max(1, n), n), "unparsed": n - parsed,
-            "unreadable": len(rows) - n, "always": [letter, most / max(1, len(choices))]}
+            "unreadable": len(rows) - n,
+            "always": [letter, letters.count(letter) / max(1, len(letters))]}
 
 
 def part_of(row: dict, split: dict) -> str | None:
     """The part of a split (benchmarks.json) that a row belongs to; None if it does not say."""
     if "folders" in split:
-        folder = Path(row.get("path", "")).parent.name
-        return next((part for part, names in split["folders"].items() if folder in names), None)
+        return split["folders"].get(Path(row.get("path", "")).parent.name)
     return next((str(row[name]) for name in split["fields"] if row.get(name)), None)
 
 
-def published(benchmark: str, settings: dict) -> str:
-    """What these settings should score, where they are exactly those of a published figure."""
-    protocol, frames = settings.get("protocol"), settings.get("frames")
-    usual = {**PROTOCOLS.get(protocol, {}).get("options", {}), "frames": frames}
-    same = all(settings.get(name) == value for name, value in usual.items())
-    figures = [f"{row['model']} {row['accuracy'][benchmark]}" for row in FACTS["published"]
-               if same and settings.get("benchmark") == benchmark in row["accuracy"]
-               and (row["protocol"], row["frames"]) == (protocol, frames)]
-    return ", ".join(figures) or "none for this benchmark, protocol, frames and other settings"
+def published(benchmark: str, settings: dict) -> dict[str, float]:
+    """{model: its published score}; empty unless it was measured with exactly these settings."""
+    protocol = PROTOCOLS.get(settings.get("protocol"), {"options": {}})
+    frames = settings.get("frames")
+    needed = protocol["options"] | {"frames": frames, "benchmark": benchmark}
+    if any(settings.get(name) != value for name, value in needed.items()):
+        return {}
+    return protocol.get("published", {}).get(str(frames), {}).get(benchmark, {})
 
 
 def report(rows: list[dict], benchmark: str, settings: dict) -> dict:
@@ -243,7 +242,8 @@ def report(rows: list[dict], benchmark: str, settings: dict) -> dict:
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     size = BENCHMARKS[benchmark]["size"] or "no fixed number"
     print(f"{len(rows)} questions; the whole benchmark has {size}")
-    print(f"published figure: {published(benchmark, settings)}")
+    figures = [f"{model} {score}" for model, score in published(benchmark, settings).items()]
+    print("published figures:", ", ".join(figures) or "none for these settings")
     return table
 
 
