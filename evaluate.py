@@ -1,6 +1,6 @@
 """Evaluation: every setting recorded, every answer kept, every doubtful parse visible.
 
-    python evaluate.py --model M --data eval_mmvu.json --videos DIR --frames 32 --out results/mmvu
+    python evaluate.py --model M --benchmark mmvu --data eval_mmvu.json --videos DIR --frames 32
     torchrun --nproc_per_node 8 evaluate.py ...                     the same over a node's GPUs
     python evaluate.py --rescore A/predictions.jsonl                scores again, without a model
     python evaluate.py --compare A/predictions.jsonl B/predictions.jsonl      paired difference
@@ -254,10 +254,11 @@ def compare(first: str, second: str) -> dict:
     error is clustered: 1.96 sqrt(K/(K-1) sum over K clips of (sum of d - mean d)^2) / n.
     """
     (ours, a), (theirs, b) = read_predictions(first), read_predictions(second)
-    others = {(row["row"], row["problem"]): row for row in b if "grade" in row}
-    pairs = [(row, others[row["row"], row["problem"]]) for row in a
-             if "grade" in row and (row["row"], row["problem"]) in others]
-    clips, of_clip = np.unique([x["path"] for x, _ in pairs], return_inverse=True)
+    answered = [{(row["row"], row.get("problem")): row for row in rows if "grade" in row}
+                for rows in (a, b)]
+    pairs = [(row, answered[1][key]) for key, row in answered[0].items() if key in answered[1]]
+    paths = [str(row.get("path", row["row"])) for row, _ in pairs]
+    clips, of_clip = np.unique(paths, return_inverse=True)
     n, K, table = len(pairs), len(clips), {"n": len(pairs)}
     if K < 2:
         raise ValueError(f"{first} and {second}: fewer than two clips that both answered")
@@ -294,7 +295,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="the benchmark's list")
     add("--videos", default=".", help="the folder that its paths start from")
     add("--out", default="results", help="where predictions.jsonl and scores.json go")
-    add("--benchmark", choices=BENCHMARKS, help="whose splits and published figures to print")
+    add("--benchmark", choices=BENCHMARKS, help="whose words, splits, published figures")
     add("--protocol", choices=PROTOCOLS, help="how to measure (default: video-ktr)")
     add("--direct", dest="protocol", action="store_const", const="direct")
     for name, about in FACTS["options"].items():
@@ -313,9 +314,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if given:
             parser.error(f"--{given[0]} is what the file says")
         return a
-    if not a.model or not (a.data or a.video and a.question):
-        parser.error("--model is needed, and --data, or --video and --question")
-    a.benchmark, a.protocol = a.benchmark or "custom", a.protocol or "video-ktr"
+    if not a.model or not (a.data and a.benchmark or a.video and a.question):
+        parser.error("--model is needed, and --data and --benchmark, or --video and --question")
+    a.protocol = a.protocol or "video-ktr"
     for name, value in PROTOCOLS[a.protocol]["options"].items():
         if name not in given:
             setattr(a, name, value)

@@ -24,6 +24,7 @@ from rewards import grade
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
 PAPER = SHARED.parent / "facts"
+NEEDED = ["--model", "m", "--benchmark", "mmvu", "--data", "d"]
 QUICK = ["--max_new_tokens", "8", "--dtype", "float32", "--workers", "0", "--batch", "7"]
 
 
@@ -210,14 +211,14 @@ def test_a_malformed_benchmark_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------ options
 def test_a_protocol_sets_defaults_and_an_option_wins():
-    usual = parse(["--model", "m", "--data", "d"])
+    usual = parse(NEEDED)
     assert (usual.protocol, usual.frames, usual.temperature) == ("video-ktr", 16, 0.0)
     assert (usual.max_new_tokens, usual.max_pixels, usual.seconds) == (1024, 256 * 28 * 28, "one")
-    authors = parse(["--model", "m", "--data", "d", "--protocol", "video-r1", "--frames", "32"])
+    authors = parse([*NEEDED, "--protocol", "video-r1", "--frames", "32"])
     assert (authors.temperature, authors.top_p, authors.frames) == (0.1, 0.001, 32)
-    direct = parse(["--model", "m", "--data", "d", "--direct", "--seconds", "one"])
+    direct = parse([*NEEDED, "--direct", "--seconds", "one"])
     assert (direct.protocol, direct.max_new_tokens, direct.seconds) == ("direct", 16, "one")
-    assert direct == parse(["--model", "m", "--data", "d", "--protocol", "direct",
+    assert direct == parse([*NEEDED, "--protocol", "direct",
                             "--seconds", "one"])
 
 
@@ -227,11 +228,11 @@ def test_a_protocol_sets_defaults_and_an_option_wins():
     (["--frames", "0"], "at least 2 frames"), (["--fps", "0"], "fps above 0"),
     (["--temperature", "-1"], "temperature >= 0"), (["--top_p", "0"], "0 < top_p <= 1"),
     (["--seconds", "two"], "seconds one or true"), (["--protocol", "mine"], "invalid choice"),
-    (["--frame", "8"], "unrecognized"),
+    (["--frame", "8"], "unrecognized"), (["--data", ""], "--data and --benchmark"),
 ])
 def test_options_that_cannot_be_meant(more, message, capsys):
     with pytest.raises(SystemExit):
-        parse(["--model", "m", "--data", "d", *more])
+        parse([*NEEDED, *more])
     assert message in capsys.readouterr().err
 
 
