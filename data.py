@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 import zlib
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,12 @@ from rewards import PROBLEM_TYPES, extract_answer
 FIELDS = {"problem_id": str | int, "problem": str, "solution": str, "path": str, "options": list}
 KNOWN = {"data_type": ("video", "image"), "problem_type": PROBLEM_TYPES}
 FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # the release's
-# what the libraries raise on damaged files
-DAMAGED = (OSError, RuntimeError, ArithmeticError, AttributeError, EOFError, LookupError,
-           MemoryError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
-           Image.DecompressionBombError)
+DAMAGED = (                     # what the libraries raise on damaged files
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+Skipped = namedtuple("Skipped", "record reason")        # stands where a Prompt would
 
 
-# ------------------------------------------------------------------------------------------ records
 def read_json(path: str | Path) -> list:
     """The rows of a JSON list or of JSON lines; ValueError names the file and the line."""
     try:
@@ -80,11 +80,8 @@ def check_record(row: object, index: int) -> dict:
 
 
 def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple[list, list[str]]:
-    """The usable records of a file, and one line for each that is not.
-
-    leave_out: a list written by `data.py check`; records with its paths are dropped. ValueError
-    where a file is not JSON, or holds no rows.
-    """
+    """The usable records of a file but those with a path that `data.py check` listed in leave_out,
+    and a line for each malformed one. ValueError where a file is not JSON, or holds no rows."""
     rows, listed = read_json(path), read_json(leave_out) if leave_out else []
     if not rows:
         raise ValueError(f"{path}: holds no records")
@@ -100,7 +97,6 @@ def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple
     return [record for record in records if record["path"] not in unreadable], wrong
 
 
-# ------------------------------------------------------------------------------------------- frames
 def frame_indices(total: int, fps: float, max_frames=16, sample_fps=2.0) -> list[int]:
     """An even number of indices spread from the first frame to the last (rounded linspace):
     sample_fps a second, at least 4, at most max_frames (qwen-vl-utils' smart_nframes). A clip of
@@ -136,12 +132,8 @@ def read_image(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a clip is looked at, and how it is laid out in time (docs/tokens.md has both).
-
-    pixels: "paper" is at most max_pixels a frame and image_pixels an image; "released" is
-    qwen-vl-utils' rule. seconds between temporal patches: "one" is 1.0 for every clip, as in the
-    release; "true" is the clip's own, for checkpoints that learnt it, as Qwen2.5-VL itself.
-    """
+    """How much of a clip is looked at ("released": as qwen-vl-utils has it), and the seconds
+    between temporal patches ("one": 1.0 for every clip; "true": its own). See docs/tokens.md."""
     max_frames: int = 16
     sample_fps: float = 2.0
     max_pixels: int = 128 * 28 * 28
@@ -162,10 +154,8 @@ class Limits:
 
 def load_media(record: dict, root: str | Path, limits: Limits,
                vision: Vision = Vision()) -> tuple[torch.Tensor, float]:
-    """(n, 3, h, w) uint8 frames, resized, and the seconds between them, under the limits.
-
-    BadRecord names the record and the file.
-    """
+    """(n, 3, h, w) uint8 frames, resized under the limits, and the seconds between them.
+    BadRecord names the record and the file."""
     path = Path(root) / os.path.normpath(record["path"])
     name = f"{name_of(record)}: {one_line(path)}"
     if not os.path.isfile(path):                        # False also for a name that is too long
@@ -175,19 +165,13 @@ def load_media(record: dict, root: str | Path, limits: Limits,
             frames, seconds = read_image(path), 1.0
         else:
             frames, seconds = read_video(path, limits.max_frames, limits.sample_fps)
+        if limits.seconds == "one":
+            seconds = 1.0 / vision.temporal
         least, most = limits.area(record["data_type"], len(frames))
-        seconds = seconds if limits.seconds == "true" else 1.0 / vision.temporal
         return fit(frames, most, vision, least), seconds
     except DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadRecord(f"{name}: cannot be read: {one_line(reason)}") from None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Stands where a Prompt would, for a record that cannot be used."""
-    record: dict
-    reason: str
 
 
 class Prompts:
@@ -215,7 +199,6 @@ class Prompts:
         return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}")
 
 
-# -------------------------------------------------------------------------------------------- check
 class Check(Prompts):
     """index -> None, or Skipped where training would skip the clip or image for what it holds."""
 
@@ -226,30 +209,30 @@ class Check(Prompts):
             return Skipped(self.records[index], str(error))
 
 
-def check(data: str, videos: str, workers: int) -> list[dict]:
-    """Scan a data set in parallel; print and return what is wrong, and write it as a JSON list."""
-    records, malformed = read_records(data)
-    bad = [{"path": None, "reason": reason} for reason in malformed]
-    found = loader(Check(records, videos, None), range(len(records)), workers)
-    for skipped in tqdm(found, total=len(records), unit="clip"):
-        if skipped:
-            bad.append({"path": skipped.record["path"], "reason": skipped.reason})
-    out = Path(data).with_suffix(".bad.json")
-    out.write_text(json.dumps(bad, indent=1))
-    print(*(item["reason"] for item in bad), sep="\n")
-    print(f"{len(bad)} of {len(records) + len(malformed)} records cannot be used; listed in {out} "
-          f"(python ktr.py ... --leave_out {out})")
-    return bad
-
-
-if __name__ == "__main__":
+def main() -> int:
+    """Scan a data set; print what is wrong, and write it as a JSON list. The exit status."""
     parser = argparse.ArgumentParser(description="Report the records that cannot be used.")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("data", help="records: a JSON list or JSON lines")
     parser.add_argument("--videos", required=True, help="the folder that paths start from")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
+    a = parser.parse_args()
+    records, malformed = read_records(a.data)
+    bad = [{"path": None, "reason": reason} for reason in malformed]
+    found = loader(Check(records, a.videos, None), range(len(records)), a.workers)
+    for skipped in tqdm(found, total=len(records), unit="clip"):
+        if skipped:
+            bad.append({"path": skipped.record["path"], "reason": skipped.reason})
+    out = Path(a.data).with_suffix(".bad.json")
+    out.write_text(json.dumps(bad, indent=1))
+    print(*[item["reason"] for item in bad], sep="\n")
+    print(f"{len(bad)} of {len(records) + len(malformed)} records cannot be used; {out} lists them "
+          f"(python ktr.py ... --leave_out {out})")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
     try:
-        sys.exit(bool(check(arguments.data, arguments.videos, arguments.workers)))
+        sys.exit(main())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -376,15 +376,16 @@ def test_a_mistake_in_the_program_is_raised(capfd):
 
 
 def test_items_are_made_ahead_and_not_more(tmp_path):
-    """While the first item is used, two for each worker are made or under way."""
-    items = Faulty({}, tmp_path, size=5 << 20)              # more than a pipe holds
-    stream = loader(items, list(range(20)), 2, ahead=2)
-    assert next(stream)[0] == 0
-    until = time.monotonic() + 10
-    while len(list(tmp_path.iterdir())) < 5 and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [0, 1, 2, 3, 4]
+    """While the first item is used, each worker makes its next one, and keeps it until asked."""
+    stream = loader(Faulty({}, tmp_path, size=5 << 20), list(range(20)), 2)
+    for index in range(3):
+        assert next(stream)[0] == index
+        until = time.monotonic() + 10
+        while len(list(tmp_path.iterdir())) < index + 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        made = sorted(int(path.name) for path in tmp_path.iterdir())
+        assert made == list(range(index + 3))
     stream.close()
 
 
@@ -478,7 +479,9 @@ def test_check_outlives_its_decoder(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "read_video", read)           # a fork inherits it
     listed = write(tmp_path / "data.json", json.dumps(rows))
-    (bad,) = data.check(str(listed), str(world), 2)
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(listed), "--videos", str(world)])
+    assert data.main() == 1
+    (bad,) = json.loads((tmp_path / "data.bad.json").read_text())
     assert bad["path"] == rows[1]["path"] and "(row 1)" in bad["reason"]
     assert "decoding ended its process: Aborted" in bad["reason"]
 
