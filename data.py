@@ -43,7 +43,7 @@ def read_json(path: str | Path) -> list:
             text = "[" + re.sub(r"\n\s*", ",\n", text) + "]"
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON list, nor JSON objects in lines: {error}") from None
+        raise ValueError(f"{path}: not valid JSON, as a list or in lines: {error}") from None
 
 
 def check_record(row: object, index: int) -> dict:
@@ -171,7 +171,7 @@ def load_media(record: dict, root: str | Path, limits: Limits,
         return fit(frames, most, vision, least), seconds
     except DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadRecord(f"{name}: cannot be read: {one_line(reason)}") from None
+        raise BadRecord(f"{name}: cannot be decoded: {one_line(reason)}") from None
 
 
 class Prompts:

@@ -1,6 +1,6 @@
 """Fuzz: from untidy records and damaged files nothing comes out but a prompt or one clear line.
 
-    python -m lab.fuzz toy_world/train/*        files that end or hold up a decoder: runs/fuzz
+    python -m lab.fuzz DIR toy_world/train/*    files that end or hold up a decoder stay in DIR
 """
 
 import argparse
@@ -9,13 +9,14 @@ from pathlib import Path
 from random import Random
 
 from data import BadRecord, Prompts, Skipped, check_record, loader
-from prompt import Processor
+from prompt import Processor, Prompt
 
 RECORD = {"problem_id": 7, "problem": "Which?", "problem_type": "multiple choice",
           "options": ["x", "y"], "solution": "<answer>B</answer>", "data_source": ""}
+KIND = {".png": "image", ".jpg": "image"}
 VALUES = [None, -1, float("nan"), "", " \n", "\0", "\ud800", "何", "\u2028", "x" * 70000, "../a",
-          "x" * 300, "/", "<|video_pad|>", "<answer></answer>", [], [None, "a"], ["a", "\udfff"],
-          ["a"] * 99, {"a": [1]}, "image", "video", "numerical", "OCR"]
+          "/" * 300, "<|video_pad|>", "<answer></answer>", [], [None, "a"], ["a", "\udfff"],
+          ["a"] * 99, {"a": [1]}, "image", "video", "OCR"]
 
 
 def damage(content: bytes, rng: Random) -> bytes:
@@ -31,20 +32,17 @@ def damage(content: bytes, rng: Random) -> bytes:
 
 
 class Damaged:
-    """index -> "used", "refused", or why its decoder was lost; AssertionError where a message is
-    not one clear line. Even items have a damaged record, odd ones a damaged file."""
+    """index -> "used", "refused" or why it was lost. Even: damaged records; odd: damaged files."""
 
     def __init__(self, files: list[Path], out: Path, seed: int):
         self.files, self.out, self.seed = files, out, seed
         self.processor = Processor.from_pretrained("cold_start")
-        out.mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, index: int) -> str:
         rng = Random(f"{self.seed} {index}")
         whole = rng.choice(self.files)
         content, copy = whole.read_bytes(), self.out / f"{index}{whole.suffix}"
-        kind = "image" if whole.suffix == ".png" else "video"
-        row = {**RECORD, "path": copy.name, "data_type": kind}
+        row = RECORD | {"path": copy.name, "data_type": KIND.get(whole.suffix, "video")}
         if index % 2 == 0:
             row |= {rng.choice(list(row)): rng.choice(VALUES) for _ in range(rng.randint(1, 2))}
         copy.write_bytes(damage(content, rng) if index % 2 else content)
@@ -53,7 +51,7 @@ class Damaged:
         except BadRecord as error:
             item = Skipped(row, str(error))
         copy.unlink()
-        if not isinstance(item, Skipped):
+        if isinstance(item, Prompt):
             return "used"
         line = item.reason.encode().decode()
         assert f"row {index}" in line and len(line) < 1000 and len(line.splitlines()) == 1, line
@@ -65,9 +63,9 @@ class Damaged:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path, help="a folder")
     parser.add_argument("files", type=Path, nargs="+", help="clips, and still images (.png)")
     parser.add_argument("--items", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    damaged = Damaged(a.files, Path("runs/fuzz"), a.seed)
-    print(Counter(loader(damaged, range(a.items), workers=2, limit=30)))
+    print(Counter(loader(Damaged(a.files, a.out, a.seed), range(a.items), workers=2)))

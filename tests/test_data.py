@@ -242,7 +242,7 @@ def test_other_errors_of_the_image_library_are_named(tmp_path, monkeypatch, erro
 
     write(tmp_path / "a.png", "")
     monkeypatch.setattr(Image, "open", broken)
-    with pytest.raises(BadRecord, match="record 7.*a.png: cannot be read: ."):
+    with pytest.raises(BadRecord, match="record 7.*a.png: cannot be decoded: ."):
         load_media(image_record("a.png"), tmp_path, Limits())
 
 
@@ -460,7 +460,7 @@ def test_check_command(world, tmp_path):
     done = subprocess.run(command + ["--workers", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     for words in ("surrogate", "essay", "missing.y4m: no such file",
-                  "broken.y4m: cannot be read", "4 of 8 records"):
+                  "broken.y4m: cannot be decoded", "4 of 8 records"):
         assert words in done.stdout, done.stdout + done.stderr
     assert "6/6" in done.stderr                             # the progress bar
     bad = json.loads((tmp_path / "data.bad.json").read_text())
