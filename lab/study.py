@@ -1,8 +1,8 @@
 """Is the key token key? One training under many rules for choosing tokens, on the toy world.
 
     python -m lab.study                     every variant below, five seeds each; resumable
-    python -m lab.study --only GRPO Video-KTR "random 45%" --add "mine=--signals mine"
-                                            your rule against its controls
+    python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
+                                            some of them, and one of your own (a page: lab/rule.py)
     python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
                                             the paper's gradient analysis (gradients.py)
 
@@ -42,8 +42,15 @@ VARIANTS = {
     "temporal+entropy": "--signals temporal entropy",
     "visual+temporal": "--signals visual temporal",
     "Video-KTR": "",
-    "T-GRPO": "--signals all --ordered_bonus 0.3",
-    "TW-GRPO": "--signals spread --weighting spread",
+    "T-GRPO": "--rule lab/rules/t_grpo.py",
+    "spread weights": "--rule lab/rules/tw_grpo.py",    # TW-GRPO, but for its beta
+    "VPPO": "--rule lab/rules/vppo.py",
+    "PAPO": "--rule lab/rules/papo.py",
+    "PGPO's weights": "--rule lab/rules/pgpo.py",
+    "weights per signal": "--rule lab/rules/per_signal.py",
+    "Dr. GRPO": "--rule lab/rules/dr_grpo.py",
+    "DAPO": "--rule lab/rules/dapo.py",
+    "entropy 80/20": "--rule lab/rules/entropy_80_20.py",
     "KTR 10%": "--ratio 0.1",
     "KTR 50%": "--ratio 0.5",
     "KTR linear weights": "--weighting linear",
@@ -214,16 +221,18 @@ def print_rows(table: dict, compared: list[str]) -> None:
 
 
 def draw(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """Curves of the training, mean over seeds, as curves.svg and .png; needs matplotlib."""
+    """Curves of the training, as curves.svg and .png: means over seeds with 95% intervals; needs
+    matplotlib."""
     runs, columns = [], ("reward", "accuracy", "kl", "grad_norm")
     for name in variants:
         logs = [read_log(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
-        log = {"step": [row["step"] for row in logs[0]]}
+        log, band = {"step": [row["step"] for row in logs[0]]}, {}
         for column in columns:
-            seeds = [[row[column] for row in rows] for rows in logs]
-            log[column] = [statistics.mean(values) for values in zip(*seeds)]
-        smoothed = {column: smooth(values) for column, values in log.items()}
-        runs.append({"name": name, "log": log, "smooth": smoothed})
+            seeds = [smooth([row[column] for row in rows]) for rows in logs]
+            found = [interval(values) for values in zip(*seeds)]
+            log[column] = [mean for mean, _ in found]
+            band[column] = [m - half for m, half in found], [m + half for m, half in found]
+        runs.append({"name": name, "log": log, "smooth": log, "band": band})
     plot(runs, columns, Path(a.out, "curves"))
 
 
