@@ -64,7 +64,7 @@ recipe() {
 
 case "${1:-toy}" in
     7b) shift; recipe "$@" ;;
-    rule) shift; HF_HUB_OFFLINE=1 exec "$PY" -m lab.rule "$@" ;;
+    rule) shift; HF_HUB_OFFLINE=1 exec "$PY" -m lab.study --rule "$@" ;;
     toy) [ $# = 0 ] || shift; toy "$@" ;;
     *) echo "usage: bash train.sh [toy|7b] [options of ktr.py], or rule FILE" >&2; exit 2 ;;
 esac

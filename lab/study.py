@@ -2,7 +2,8 @@
 
     python -m lab.study                     every variant below, five seeds each; resumable
     python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
-                                            some of them, and one of your own (a page: lab/rule.py)
+                                            some of them, and one of your own
+    python -m lab.study --rule mine.py      a file's rule against its controls, with a page
     python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
                                             the paper's gradient analysis (gradients.py)
 
@@ -19,6 +20,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 from lab.gradients import gradient_analysis
 from lab.report import plot, smooth
+from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +65,7 @@ VARIANTS = {
     "random 45% /selected": "--signals random --ratio 0.45 --normalize selected",
     "KTR /selected": "--normalize selected",
 }
+CONTROLS = ("GRPO", "random 45%", "Video-KTR")              # of --rule
 COMPARISONS = {         # heading: (measure, control)
     "minus GRPO": ("accuracy", "GRPO"),
     "minus random 45%": ("accuracy", "random 45%"),
@@ -91,17 +95,18 @@ def commands_of(run: Path, seed: int, options: str, a: argparse.Namespace) -> li
 
 def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gpu: str) -> None:
     """One run and its test score, left alone if they are there already. RuntimeError holds what a
-    failure printed, or says that the folder holds a run under other options (a rule whose code has
-    changed cannot be told: remove its folder)."""
+    failure printed, or says that the folder holds a run under other options or another text of its
+    rule's file (a rule inside attribution.py cannot be told: remove its folder)."""
     run = folder_of(a.out, name, seed)
     commands, made_by = commands_of(run, seed, options, a), run / "study.json"
-    if made_by.exists() and json.loads(made_by.read_text()) != commands:
-        raise RuntimeError(
-            f"{run} holds a run under other options; remove it or choose another --out")
+    rules = [(ROOT / word).read_text() for word in shlex.split(options) if word.endswith(".py")]
+    if made_by.exists() and json.loads(made_by.read_text()) != commands + rules:
+        raise RuntimeError(f"{run} holds a run under other options or another text of its rule; "
+                           "remove it or choose another --out")
     if (run / "after" / "scores.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    made_by.write_text(json.dumps(commands))
+    made_by.write_text(json.dumps(commands + rules))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                    "CUDA_VISIBLE_DEVICES": gpu}
     for command in commands:
@@ -110,6 +115,16 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gp
         if done.returncode:
             printed = (done.stdout + done.stderr)[-2000:]
             raise RuntimeError(f"{name}, seed {seed}: {shlex.join(command)}\n{printed}")
+
+
+def try_one_step(options: str, a: argparse.Namespace) -> None:
+    """SystemExit with the last line that a failure prints: what is wrong, in a rule's error."""
+    with tempfile.TemporaryDirectory() as folder:
+        train, _ = commands_of(Path(folder), 0, options, a)
+        done = subprocess.run([sys.executable, *train, "--max_steps", "1", "--save_every", "0"],
+                              cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit((done.stdout + done.stderr).strip().splitlines()[-1])
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
@@ -242,6 +257,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME=OPTIONS",
                         help="further variants, as options of ktr.py")
+    parser.add_argument("--rule", type=Path, help="a file that registers a rule (lab/rules)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--jobs", type=int, default=0,
@@ -265,13 +281,19 @@ def main() -> None:
     if a.gradients:
         gradient_analysis(a.gradients, a.world)
         return
-    variants = {name: VARIANTS[name] for name in a.only or VARIANTS}
+    only = a.only or (CONTROLS if a.rule else VARIANTS)
+    variants = {name: VARIANTS[name] for name in only}
     variants.update(item.split("=", 1) for item in a.add)
+    if a.rule:
+        variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
+        try_one_step(variants[a.rule.stem], a)
     run_all(variants, a)
     table = make_table(variants, a)
     saved = {"options": vars(a), "variants": variants, "table": table}
-    Path(a.out, "table.json").write_text(json.dumps(saved, indent=1))
+    Path(a.out, "table.json").write_text(json.dumps(saved, indent=1, default=str))
     draw(variants, a)
+    if a.rule:
+        page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
 
 
 if __name__ == "__main__":
