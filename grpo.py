@@ -42,8 +42,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     A row without key tokens adds 0. Values at padding are never read, whatever they hold.
     """
     if normalize not in ("length", "selected", "tokens", "constant"):
-        raise ValueError(f"normalize must be 'length', 'selected', 'tokens' or 'constant', "
-                         f"not {normalize!r}")
+        raise ValueError(f"unknown normalize {normalize!r}")
     if kl_on not in ("selected", "all"):
         raise ValueError(f"kl_on must be 'selected' or 'all', not {kl_on!r}")
     valid = completion_mask.bool()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from test_ktr import arguments, log_of
+from test_ktr import arguments, finish, log_of, start, torchrun
 
 import ktr
 from attribution import ADVANTAGES, BONUSES, PENALTIES, SIGNALS, WEIGHTS, Rollout, attribute
@@ -386,6 +386,33 @@ def test_groups_alike_in_accuracy_are_dropped_on_all_ranks_alike(checkpoint_fold
     log = log_of(tmp_path)
     assert [row["prompts"] for row in log] == [4, 4] and all(row["flat"] > 0 for row in log)
     assert [row["dropped"] for row in log] == [row["flat"] for row in log]
+
+
+BRIEF = """from attribution import BONUSES
+
+
+def brief(rollouts, o, model, read):
+    return [r.group.valid.sum(-1) % 3 * float(r.prompt.record["problem_id"] % 2) for r in rollouts]
+
+
+BONUSES["brief"] = brief
+OPTIONS = "--bonus brief"
+"""
+
+
+def test_two_ranks_make_the_update_of_one(checkpoint_folder, world, tmp_path):
+    """With all that could tell ranks apart: dropped groups, shared divisor, penalty, updates."""
+    (tmp_path / "brief.py").write_text(BRIEF)
+    more = ["--max_steps", 2, "--filter", "reward", "--normalize", "tokens", "--updates", 2,
+            "--rule", ROOT / "lab/rules/vppo.py", tmp_path / "brief.py", "--max_new_tokens", 24]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ktr.main(parse(arguments(checkpoint_folder, world, one, "--prompts_per_step", 2, *more)))
+    code, out = finish(start([*torchrun(2), *arguments(checkpoint_folder, world, two, *more)]))
+    assert code == 0, out
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        for name in ("reward", "length", "loss", "kl", "clipped", "dropped", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+    assert {row["dropped"] for row in log_of(one)} > {0.5}
 
 
 def test_several_updates_let_the_clip_bind(checkpoint_folder, world, tmp_path, monkeypatch):
