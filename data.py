@@ -106,8 +106,10 @@ def frame_indices(total: int, fps: float, max_frames=16, sample_fps=2.0) -> list
     return torch.linspace(0, total - 1, n).round().long().tolist()
 
 
-def read_video(path: Path, max_frames=16, sample_fps=2.0) -> tuple[np.ndarray, float]:
-    """Frames (n, H, W, 3) uint8 and the seconds between them."""
+def read_video(path: Path, max_frames=16, sample_fps=2.0,
+               stamped: bool = False) -> tuple[np.ndarray, float]:
+    """Frames (n, H, W, 3) uint8 and the seconds between them: the clip's length / n, as the Qwen2
+    families learnt it, or as the frames' times say (`stamped`)."""
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     try:
@@ -116,7 +118,10 @@ def read_video(path: Path, max_frames=16, sample_fps=2.0) -> tuple[np.ndarray, f
         if total < 1 or not 0 < fps < 1e6:
             raise ValueError("no frames, or no frame rate")
         indices = frame_indices(total, fps, max_frames, sample_fps)
-        return reader.get_batch(indices).asnumpy(), total / fps / len(indices)
+        frames = reader.get_batch(indices).asnumpy()
+        if stamped:
+            return frames, indices[-1] / fps / max(1, len(indices) - 1)
+        return frames, total / fps / len(indices)
     except decord.DECORDError as error:
         raise ValueError(error) from None
 
@@ -164,8 +169,9 @@ def load_media(record: dict, root: str | Path, limits: Limits,
         if record["data_type"] == "image":
             frames, seconds = read_image(path), 1.0
         else:
-            frames, seconds = read_video(path, limits.max_frames, limits.sample_fps)
-        if limits.seconds == "one":
+            frames, seconds = read_video(path, limits.max_frames, limits.sample_fps,
+                                         vision.timestamps)
+        if limits.seconds == "one" and not vision.timestamps:
             seconds = 1.0 / vision.temporal
         least, most = limits.area(record["data_type"], len(frames))
         return fit(frames, most, vision, least), seconds

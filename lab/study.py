@@ -235,7 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
+    names = ", ".join(VARIANTS).replace("%", "%%")
+    add("--only", nargs="+", help=f"of: {names}")
     add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
     add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
     add("--seeds", type=int, default=5)
