@@ -27,18 +27,22 @@ def tokenizer():
 
 
 def config(name: str, tokenizer) -> Qwen2_5_VLConfig:
-    """The architecture called `name` ("random:7b"), with this tokenizer's special tokens.
-    OSError for an unknown size."""
-    size = name.removeprefix("random:")
+    """The architecture called `name`, with this tokenizer's special tokens. "random:7b" is that of the 7B;
+    "random:7b/4" has its width, but 4 layers and 4 vision blocks. OSError for an unknown size."""
+    size, _, layers = name.removeprefix("random:").partition("/")
     if size not in SIZES:
         raise OSError(f"{name}: no such size; known: {', '.join(SIZES)}")
-    shape, token = SIZES[size], tokenizer.convert_tokens_to_ids
+    shape, token = dict(SIZES[size]), tokenizer.convert_tokens_to_ids
+    blocks, whole = 32, [7, 15, 23, 31]                 # whole: blocks that attend beyond their window
+    if layers:
+        shape["num_hidden_layers"] = blocks = int(layers)
+        whole = [blocks - 1]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     text = dict(**shape, max_position_embeddings=128000, rms_norm_eps=1e-6, rope_parameters=rope,
                 bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=VISION_MLP[size], num_heads=16,
-                  out_hidden_size=shape["hidden_size"], window_size=112,
-                  fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+    vision = dict(depth=blocks, hidden_size=1280, intermediate_size=VISION_MLP[size], num_heads=16,
+                  out_hidden_size=shape["hidden_size"], window_size=112, fullatt_block_indexes=whole,
+                  tokens_per_second=2)
     return Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=shape["tie_word_embeddings"],
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen2_5_VLConfig
 
+from engine import thin
 from engine.packing import Step
 
 BLOCK = 128             # slots per block of FlexAttention's sparse mask
@@ -47,28 +48,36 @@ def nucleus_border(p: Tensor, top_p: float) -> Tensor:
     above it. Found three bits at a time, since floats from 0 to 1 are ordered as their 30 bits are; sorting
     152,064 words would take longer than a layer."""
     border = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
+    p = in_blocks(p)
     for shift in range(27, -1, -3):
         steps = torch.zeros_like(border)
         for digit in range(1, 8):
             tried = (border + (digit << shift)).view(torch.float32)
-            mass = torch.where(p > tried, p, 0).sum(-1, keepdim=True)
+            mass = torch.where(p > tried[..., None], p, 0).sum(-1).sum(-1, keepdim=True)
             steps += mass >= top_p
         border = border + (steps << shift)
     return border.view(torch.float32)
 
 
-def inverse_cdf(p: Tensor, draws: Tensor, block: int = 512) -> Tensor:
-    """Indices (R,) of p (R, V) at which the cumulative mass passes draws (R,), found block by block: one scan
-    over a whole vocabulary is slow, and inductor (torch 2.11) cannot compile it."""
-    p = F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))                    # (R, blocks, block)
+def in_blocks(p: Tensor, block: int = 512) -> Tensor:
+    """p (R, V) as (R, blocks, block), filled up with 0. Sums block by block, then over blocks, use the whole
+    chip; one over the row would use a processor for each row."""
+    return F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))
+
+
+def inverse_cdf(p: Tensor, draws: Tensor) -> Tensor:
+    """Indices (R,) of p (R, V) at which the cumulative mass passes draws (R,), found block by block: inductor
+    (torch 2.11) cannot compile a scan over a whole vocabulary."""
+    p = in_blocks(p)
+    block = p.shape[-1]
     cdf = p.sum(-1).cumsum(-1)
     target = draws[:, None] * cdf[:, -1:]
-    which = torch.searchsorted(cdf, target, right=True)                                 # (R, 1)
-    which = torch.minimum(which, (cdf < cdf[:, -1:]).sum(-1, keepdim=True))             # the last with any mass
-    rest = target - F.pad(cdf, (1, 0)).gather(1, which)                                 # to pass in its block
-    inner = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(-1)        # (R, block)
+    which = torch.searchsorted(cdf, target, right=True)                             # (R, 1)
+    which = torch.minimum(which, (cdf < cdf[:, -1:]).sum(-1, keepdim=True))         # the last with any mass
+    rest = target - F.pad(cdf, (1, 0)).gather(1, which)                             # to pass in its block
+    inner = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(-1)    # (R, block)
     within = (inner <= rest).sum(-1)
-    last = (inner < inner[:, -1:]).sum(-1)                                              # likewise
+    last = (inner < inner[:, -1:]).sum(-1)                                          # likewise
     return which[:, 0] * block + torch.minimum(within, last)
 
 
@@ -77,7 +86,7 @@ def next_logits(model: nn.Module, token: Tensor, position: Tensor, step: Step) -
     hidden = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token), position_ids=position.expand(3, -1, -1),
         attention_mask={"full_attention": step}, use_cache=False).last_hidden_state
-    return model.lm_head(hidden).flatten(0, 1)
+    return thin.linear(hidden, model.lm_head.weight).flatten(0, 1)
 
 
 def blocks_in_use(lengths: Tensor, used: Tensor, room: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
