@@ -1,49 +1,58 @@
-"""Counterfactuals: what is done to the video, and how far a token's prediction moves.
+"""The paper's other options, and the baselines' own parts, so that attribution.py stays short.
 
-Registries, one line each, for the paper's ablations (its table of perturbations and of distances):
-    MASKINGS   the video masked: every token hidden, features zeroed, half of the tokens hidden, another clip
-    ORDERS     the frames in another order: random, reversed, blocks of four frames
-    DISTANCES  between the next-token distributions, besides the change of the sampled token's log-probability
+    MASKINGS    the video masked: its tokens hidden, features zeroed, half hidden, another clip
+    ORDERS      the frames in another order: random, reversed, blocks of four
+    DISTANCES   between next-token distributions, in place of the token's own log-probability
+    WEIGHTINGS  soft weights in place of the key mask
+    spread      TW-GRPO's token weights (arXiv 2505.24718)
+    ordered_bonus   T-GRPO's reward (Video-R1, arXiv 2503.21776)
+
+One registry each, one line an entry; the defaults are the first ones. A rollout `r` is
+attribution.Rollout, options `o` are run.options.Options.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from policy import Group, hidden_states, sample, unflatten
 from prompt import Prompt
 
-WORDS_AT_ONCE = 1 << 27         # logits that exist at once while distributions are compared
+LOGITS_AT_ONCE = 1 << 27        # while distributions are compared: 0.5 GiB in fp32
 
 
-# -------------------------------------------------------------------------------------------- video
-def half(prompt: Prompt, generator: torch.Generator, **_) -> Prompt:
+# --------------------------------------------------------------------------------- the video masked
+def half(r, o) -> Prompt:
     """Half of the video tokens, picked by chance, are hidden."""
-    visible = int(prompt.visual.sum())
-    keep = torch.zeros(visible, dtype=torch.bool)
-    keep[torch.randperm(visible, generator=generator)[:visible // 2]] = True
-    return prompt.thinned(keep)
+    count = int(r.prompt.visual.sum())
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[torch.randperm(count, generator=r.generator)[:count // 2]] = True
+    return r.prompt.thinned(keep)
 
 
-def another(prompt: Prompt, other: Tensor, **_) -> Prompt:
+def another(r, o) -> Prompt:
     """The clip of another question, brought to the same number and size of frames."""
-    index = torch.linspace(0, len(other) - 1, len(prompt.frames)).round().long()
-    frames = F.interpolate(other[index], size=prompt.frames.shape[-2:], mode="bicubic", antialias=True)
-    return prompt.showing(frames)
+    frames = r.prompt.frames
+    index = torch.linspace(0, len(r.other) - 1, len(frames)).round().long()
+    size = frames.shape[-2:]
+    return r.prompt.showing(F.interpolate(r.other[index], size=size, mode="bicubic",
+                                          antialias=True))
 
 
-MASKINGS: dict[str, Callable[..., Prompt]] = {          # (prompt, positions=, generator=, other=) -> prompt
-    "hide": lambda prompt, positions, **_: prompt.hidden(positions),
-    "zero": lambda prompt, **_: prompt.zeroed(),
+MASKINGS: dict[str, Callable[..., Prompt]] = {          # (r, o) -> prompt
+    "hide": lambda r, o: r.prompt.hidden(o.positions),
+    "zero": lambda r, o: r.prompt.zeroed(),
     "half": half,
     "replace": another,
 }
 
 
-# -------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------ the frames' order
 def shuffled(n: int, generator: torch.Generator) -> Tensor:
-    """A random permutation of n >= 2 frames that is never the identity; one per prompt, shared by its group."""
+    """A random permutation of n >= 2 frames that is never the identity; one for a whole group."""
     while True:
         order = torch.randperm(n, generator=generator)
         if not torch.equal(order, torch.arange(n)):
@@ -51,9 +60,11 @@ def shuffled(n: int, generator: torch.Generator) -> Tensor:
 
 
 def blocks(n: int, generator: torch.Generator, size: int = 4) -> Tensor:
-    """Blocks of `size` frames in another order, frames within a block in theirs; up to one block: frames shuffled."""
+    """Blocks of `size` frames in another order; where there is one block, frames shuffled."""
     parts = torch.arange(n).split(size)
-    return torch.cat([parts[i] for i in shuffled(len(parts), generator)]) if len(parts) > 1 else shuffled(n, generator)
+    if len(parts) == 1:
+        return shuffled(n, generator)
+    return torch.cat([parts[i] for i in shuffled(len(parts), generator)])
 
 
 ORDERS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
@@ -63,29 +74,19 @@ ORDERS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------- distance
-def shift(logp: Tensor, counterfactual_logp: Tensor, kind: str = "abs") -> Tensor:
-    """How far the tokens' log-probability moves when the video is changed.
-
-    "abs": |logp - counterfactual| (paper).  "signed": logp - counterfactual, so that only tokens which
-    lose probability rank high (released code).
-    """
-    if kind not in ("abs", "signed"):
-        raise ValueError(f"shift must be 'abs' or 'signed', not {kind!r}")
-    difference = logp - counterfactual_logp
-    return difference.abs() if kind == "abs" else difference
-
-
+# ------------------------------------------------------------------- distances of distributions
 def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q)."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def js(p: Tensor, q: Tensor) -> Tensor:
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+    """Jensen and Shannon's: the mean KL to the middle of both."""
+    middle = torch.logaddexp(p, q) - math.log(2)
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {        # of log-probabilities p, q (n, V) -> (n,)
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {    # of log p, log q (n, V) -> (n,)
     "l1": lambda p, q: (p.exp() - q.exp()).abs().sum(-1),
     "l2": lambda p, q: (p.exp() - q.exp()).square().sum(-1).sqrt(),
     "kl": kl,
@@ -96,7 +97,96 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {        # of log-pro
 
 
 def distribution_shift(states: Tensor, other: Tensor, head: Tensor, kind: str) -> Tensor:
-    """(n,) distance between the next-token distributions of two rows of states (n, D), in chunks; head is (V, D)."""
-    chunk = max(1, WORDS_AT_ONCE // len(head))
-    return torch.cat([DISTANCES[kind](*(F.linear(x, head).float().log_softmax(-1) for x in pair))
-                      for pair in zip(states.split(chunk), other.split(chunk))])
+    """(n,) distances of the predictions of two rows of states (n, D), in chunks; head is (V, D)."""
+    rows = max(1, LOGITS_AT_ONCE // len(head))
+    found = []
+    for x, y in zip(states.split(rows), other.split(rows)):
+        p, q = (F.linear(h, head).float().log_softmax(-1) for h in (x, y))
+        found.append(DISTANCES[kind](p, q))
+    return torch.cat(found)
+
+
+def distances(model: nn.Module, prompts: Sequence[Prompt], changed: Sequence[Prompt],
+              groups: Sequence[Group], kind: str) -> list[Tensor]:
+    """How far the next-token distribution moves at each token, (G, T) for each group."""
+    before, after = (hidden_states(model, shown, groups) for shown in (prompts, changed))
+    return unflatten(distribution_shift(before, after, model.lm_head.weight, kind), groups)
+
+
+# ----------------------------------------------------------------------------------- soft weights
+def scaled(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores brought to 0..1 over the group's valid tokens (all 0 where they are equal)."""
+    low, high = scores[valid].min(), scores[valid].max()
+    return ((scores - low) / (high - low).clamp(min=1e-12)).masked_fill(~valid, 0)
+
+
+def standard(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores with mean 0 and deviation 1 over the group's valid tokens; -inf at padding."""
+    z = (scores - scores[valid].mean()) / (scores[valid].std(correction=0) + 1e-6)
+    return z.masked_fill(~valid, -torch.inf)
+
+
+def softmax(scores: Tensor, valid: Tensor) -> Tensor:
+    """A distribution over the group's tokens, times their number: the mean weight is 1."""
+    z = standard(scores, valid)
+    return torch.softmax(z.flatten(), 0).view_as(z) * valid.sum()
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {   # scores, valid -> weights, (G, T)
+    "sigmoid": lambda scores, valid: torch.sigmoid(standard(scores, valid)),
+    "softmax": softmax,
+    "linear": scaled,
+    "exponential": lambda scores, valid: torch.exp(scaled(scores, valid) - 1),
+    "spread": lambda scores, valid: 1 + 0.7 * scaled(scores, valid),    # TW-GRPO's
+}
+
+
+def soften(signals: dict[str, Tensor], valid: Tensor, weighting: str) -> Tensor:
+    """Weights (G, T) in place of the key mask: the largest that any signal gives a token."""
+    weights = torch.zeros(valid.shape, device=valid.device)
+    for scores in signals.values():
+        weights = torch.maximum(weights, WEIGHTINGS[weighting](scores, valid.bool()))
+    return weights * valid
+
+
+# -------------------------------------------------------------------------------------- baselines
+def spread(r, o) -> Tensor:
+    """How much the group's predictions differ at a position (TW-GRPO): (G, T), rows alike.
+
+    The mean over completions of sum_v (e^d - d - 1), d = mean log-probability - log-probability,
+    clamped to +-11; padding predicts uniformly.
+    """
+    states, head = r.states()
+    values = []
+    for h, valid in zip(states.split(16, dim=1), r.group.valid.split(16, dim=1)):
+        logp = F.linear(h, head).float().log_softmax(-1)        # (G, t, V)
+        logp = torch.where(valid[..., None], logp, -math.log(len(head)))
+        d = (logp.mean(0) - logp).clamp(-11, 11)
+        values.append((d.exp() - d - 1).sum(-1).mean(0))
+    return torch.cat(values).expand_as(r.group.ids)
+
+
+def ordered_bonus(rollouts: list, o, model: nn.Module, judge: Callable) -> list[Tensor]:
+    """T-GRPO's bonus (G,) of each rollout; judge(group, record) -> accuracy (G,), format (G,).
+
+    Half as many completions see the frames shuffled; where the ordered clip's group is right at
+    least as often (times a factor), its right completions earn o.ordered_bonus.
+    """
+    bonus = [torch.zeros(len(r.group.ids)) for r in rollouts]
+    moving = [i for i, r in enumerate(rollouts)
+              if r.prompt.kind == "video" and len(r.prompt.frames) > 1]
+    if not o.ordered_bonus or not moving:
+        return bonus
+    seeds = [rollouts[i].seed + 1 for i in moving]
+    prompts = []
+    for i, seed in zip(moving, seeds):
+        prompt, generator = rollouts[i].prompt, torch.Generator().manual_seed(seed)
+        prompts.append(prompt.reordered(shuffled(len(prompt.frames), generator)))
+    groups = sample(model, prompts, o.G // 2, o.max_new_tokens, temperature=o.temperature,
+                    top_p=o.top_p, top_k=o.top_k, seeds=seeds)
+    for i, group in zip(moving, groups):
+        r = rollouts[i]
+        blind, _ = judge(group, r.prompt.record)
+        if r.accuracy.mean() >= o.ordered_factor * blind.mean():
+            bonus[i] = o.ordered_bonus * (r.accuracy > 0.1).float()
+    return bonus

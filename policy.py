@@ -1,11 +1,12 @@
-"""The policy: load a Qwen2.5-VL, sample G completions of a prompt, score them. The prompt is computed once.
+"""The policy: load a Qwen2.5-VL, sample G completions of a prompt, score them.
 
-    load(name)                          model and processor from a folder or hub name, or "random:7b"
-    sample(model, prompts, G, ...)      G completions for each prompt, decoded together (decoding.py)
-    score(model, prompt, completions)   their log-probabilities and entropies, with gradient where enabled
+    load(name)                          model and processor, from a folder, hub name or random:7b
+    sample(model, prompts, G, ...)      G completions for each prompt, all decoded together
+    score(model, prompt, completions)   their log-probabilities and entropies (eq. 4)
 
-Scoring runs one packed row per prompt (sharing.py), keeps logits only where a completion token is predicted,
-and makes them in chunks that are recomputed in the backward pass.
+A prompt is computed once for its whole group: scoring runs one packed row [prompt | o_1 | .. | o_G]
+(engine/packing.py), decoding shares the prompt's keys and values (engine/decoding.py). Logits exist
+only where a completion token is predicted, in chunks that are recomputed in the backward pass.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 from engine import blank
@@ -25,27 +26,32 @@ from engine.packing import pack
 from engine.prepare import compiled_on_cuda, prepare
 from prompt import Processor, Prompt, Vision, patches
 
-CHUNK = 1024            # completion tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
+CHUNK = 1024            # tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
-CHECK_EVERY = 16        # decoding steps between looks at whether all completions have ended (a look waits for the GPU)
+CHECK_EVERY = 16        # decoding steps between looks at whether all have ended (a look waits)
 
 
 @dataclass(frozen=True)
 class Group:
     """G completions of one prompt."""
-    ids: Tensor         # (G, T)
-    valid: Tensor       # (G, T) bool: up to and with the first end token
-    logp: Tensor | None = None      # (G, T) log-probability (temperature 1, whole vocabulary) as seen while sampling
-    ended: Tensor | None = None     # (G,) bool: an end token came before the limit
+    ids: Tensor                         # (G, T)
+    valid: Tensor                       # (G, T) bool: up to and with the first end token
+    logp: Tensor | None = None          # (G, T) as sampling saw it, before temperature and top-p
+    ended: Tensor | None = None         # (G,) bool: an end token came before the limit
 
     @cached_property
     def lengths(self) -> list[int]:
         return self.valid.sum(-1).tolist()
 
 
-# ----------------------------------------------------------------------------------------------- load
-def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
-    """(model, processor), ready for this project; the seed is that of random weights. OSError where the checkpoint is missing or incomplete."""
+# --------------------------------------------------------------------------------------------- load
+def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+         seed: int = 0) -> tuple[nn.Module, Processor]:
+    """The model, ready for this project, and its processor.
+
+    name: a checkpoint's folder or hub name, or random:3b, random:7b (seed is that of its weights).
+    OSError where the checkpoint is missing or incomplete.
+    """
     logging.disable_progress_bar()
     if name.startswith("random:"):
         model = blank.model(name, blank.tokenizer(), device, dtype, seed)
@@ -56,70 +62,119 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
 def load_processor(name: str) -> Processor:
     """The processor of a checkpoint's folder, hub name, or random:7b."""
+    if not name.startswith("random:"):
+        return Processor.from_pretrained(name)
+    tokenizer, v = blank.tokenizer(), Vision()
+    constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
+    return Processor(tokenizer, blank.config(name, tokenizer), constants)
+
+
+def weight_count(name: str) -> int:
+    """How many weights the model of this name has, from its configuration alone."""
     if name.startswith("random:"):
-        tokenizer = blank.tokenizer()
-        constants = {"image_mean": Vision.mean, "image_std": Vision.std, "min_pixels": Vision.min_pixels}
-        return Processor(tokenizer, blank.config(name, tokenizer), constants)
-    return Processor.from_pretrained(name)
+        config = blank.config(name, blank.tokenizer())
+    else:
+        config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return sum(p.numel() for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------- score
-def vision_features(model: nn.Module, prompts: Sequence[Prompt], known: dict[int, Tensor]) -> Tensor | None:
-    """The features (sum V, D) that fill the prompts' video and image tokens, in order; None if there are none. Those of each
-    clip are kept in `known`, by its frames' id: questions about one clip share them."""
+def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The weights of the vision tower, of the projector after it, and of the language model."""
+    projector = list(model.model.visual.merger.parameters())
+    known = {id(p) for p in projector}
+    vision = [p for p in model.model.visual.parameters() if id(p) not in known]
+    known |= {id(p) for p in vision}
+    language = [p for p in model.parameters() if id(p) not in known]
+    return {"vision": vision, "projector": projector, "language": language}
+
+
+def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
+    """Train all parts but the frozen ones (vision, projector, language); says which, in words."""
+    said = []
+    for name, weights in parts(model).items():
+        for p in weights:
+            p.requires_grad_(name not in frozen)
+        size = sum(p.numel() for p in weights) / 1e6
+        said.append(f"{name} {size:,.1f}M{' (frozen)' if name in frozen else ''}")
+    return "trained: " + ", ".join(said)
+
+
+# -------------------------------------------------------------------------------------------- score
+def vision_features(model: nn.Module, prompts: Sequence[Prompt],
+                    known: dict[int, Tensor]) -> Tensor | None:
+    """The features (sum V, D) of the prompts' video and image tokens, in order; None without any.
+
+    Those of each clip are kept in `known` by its frames' id: questions about one clip share them.
+    """
     device, dtype = model.device, model.dtype
-    clips = {id(p.frames): p for p in prompts if p.frames is not None and not p.blank and id(p.frames) not in known}
+    clips = {id(p.frames): p for p in prompts
+             if p.frames is not None and not p.blank and id(p.frames) not in known}
     if clips:
         pixels = [patches(p.frames.to(device, non_blocking=True), p.vision) for p in clips.values()]
         grids = torch.tensor([p.grid for p in clips.values()])
-        merged = model.model.visual(torch.cat(pixels).to(dtype), grid_thw=grids.to(device)).pooler_output
-        sizes = (grids.prod(-1) // model.config.vision_config.spatial_merge_size ** 2).tolist()
-        known.update(zip(clips, merged.split(sizes)))
+        tower = model.model.visual
+        merged = tower(torch.cat(pixels).to(dtype), grid_thw=grids.to(device)).pooler_output
+        sizes = grids.prod(-1) // model.config.vision_config.spatial_merge_size ** 2
+        known.update(zip(clips, merged.split(sizes.tolist())))
     out = []
     for p in prompts:
         if p.blank:
-            out.append(torch.zeros(int(p.visual.sum()), model.config.text_config.hidden_size, device=device, dtype=dtype))
+            shape = int(p.visual.sum()), model.config.text_config.hidden_size
+            out.append(torch.zeros(shape, device=device, dtype=dtype))
         elif p.frames is not None:
             features = known[id(p.frames)]
             out.append(features if p.kept is None else features[p.kept.to(device)])
     return torch.cat(out) if out else None
 
 
-def run(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | None], keep: int | None = None,
-        known: dict[int, Tensor] | None = None) -> Tensor:
-    """Last hidden states (L, D) of one packed row of all prompts, each followed by its completions, if any.
-    keep: the prompts' keys and values go to the layers' `kv`, from this row on.  known: see `vision_features`."""
+def packed_forward(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group | None],
+                   keep: int | None = None, known: dict[int, Tensor] | None = None) -> Tensor:
+    """Last hidden states (L, D) of one packed row: each prompt, then its completions, if any.
+
+    keep: the prompts' keys and values go to the layers' cache, from this row of it on.
+    known: see `vision_features`.
+    """
     device = model.device
     ids, positions, visual, owned = [], [], [], []
     for p, group in zip(prompts, groups):
         lengths = group.lengths if group else []
-        own = [torch.arange(n) for n in lengths]
-        ids += [p.ids.to(device), *([group.ids[group.valid]] if group else [])]
-        positions += [p.positions] + [(p.next_position + t).expand(3, -1) for t in own]
+        ids.append(p.ids.to(device))
+        positions.append(p.positions)
         visual += [p.visual, torch.zeros(sum(lengths), dtype=torch.bool)]
         owned.append(lengths)
+        if group:
+            ids.append(group.ids[group.valid])
+        for n in lengths:                                       # each completion follows the prompt
+            positions.append((p.next_position + torch.arange(n)).expand(3, -1))
     embeds = model.get_input_embeddings()(torch.cat(ids))                           # (L, D)
     features = vision_features(model, prompts, {} if known is None else known)
     if features is not None:
-        embeds = embeds.masked_scatter(torch.cat(visual).to(device)[:, None], features.to(embeds.dtype))
+        where = torch.cat(visual).to(device)[:, None]
+        embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
     row = pack([len(p.ids) for p in prompts], owned, embeds)
     if keep is not None:
-        places = [(torch.full_like(p.ids, n), torch.arange(len(p.ids))) for n, p in enumerate(prompts, keep)]
-        row.store = tuple(torch.cat(x).to(device) for x in zip(*places))
-    return model.model.language_model(                  # a view would have its first layer compiled apart from the rest
-        inputs_embeds=embeds[None].clone(), position_ids=torch.cat(positions, dim=1)[:, None].to(device),
+        rows = [torch.full_like(p.ids, n) for n, p in enumerate(prompts, keep)]
+        slots = [torch.arange(len(p.ids)) for p in prompts]
+        row.store = torch.cat(rows).to(device), torch.cat(slots).to(device)
+    return model.model.language_model(
+        inputs_embeds=embeds[None].clone(),     # a view would have its first layer compiled apart
+        position_ids=torch.cat(positions, dim=1)[:, None].to(device),
         attention_mask={"full_attention": row}, use_cache=False).last_hidden_state[0]
 
 
 def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
-    """(n, D): the state that predicts each valid completion token, prompt by prompt, completion by completion."""
+    """(n, D): the state that predicts each valid completion token, prompt by prompt, row by row."""
     before, start = [], 0
     for p, group in zip(prompts, groups):
-        last, start = start + len(p.ids) - 1, start + len(p.ids)
-        for n in group.lengths:                         # the first token is predicted by the prompt's last
-            before += [torch.tensor([last]), torch.arange(start, start + n - 1)] if n else []
+        start += len(p.ids)
+        last = start - 1                        # the prompt's last token predicts each first token
+        for n in group.lengths:
+            if n:
+                before += [torch.tensor([last]), torch.arange(start, start + n - 1)]
             start += n
-    return run(model, prompts, groups)[torch.cat(before).to(model.device)]
+    return packed_forward(model, prompts, groups)[torch.cat(before).to(model.device)]
 
 
 @compiled_on_cuda
@@ -140,9 +195,10 @@ def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -
 
 
 class TokenStats(torch.autograd.Function):
-    """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T), without keeping logits.
+    """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T), keeping no logits.
 
-    Only logp has a gradient. Softmax and sums are fp32; products are in the weights' precision.
+    entropy is -sum_w p_w log p_w (eq. 4). Only logp has a gradient. Softmax and sums are fp32;
+    products are in the weights' precision.
     """
 
     @staticmethod
@@ -157,47 +213,54 @@ class TokenStats(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None]:
         hidden, weight, ids = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for h, i, g, out in zip(*(x.split(CHUNK) for x in (hidden, ids, grad, grad_hidden))):
+        chunks = (x.split(CHUNK) for x in (hidden, ids, grad, grad_hidden))
+        for h, i, g, out in zip(*chunks):
             d = logits_gradient(h, weight, i, g)
             torch.mm(d, weight, out=out)
             grad_weight.addmm_(d.T, h)
         return grad_hidden, grad_weight, None
 
 
-def score_groups(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[tuple[Tensor, Tensor]]:
-    """(logp (G, T), entropy (G, T)) for each prompt's group; 0 at padding. All prompts share one forward pass."""
+def score_groups(model: nn.Module, prompts: Sequence[Prompt],
+                 groups: Sequence[Group]) -> list[tuple[Tensor, Tensor]]:
+    """(logp (G, T), entropy (G, T)) of each prompt's group, 0 at padding, from one forward pass."""
     ids = torch.cat([group.ids[group.valid] for group in groups])
-    stats = TokenStats.apply(hidden_states(model, prompts, groups), model.lm_head.weight, ids)
-    return list(zip(*(unflatten(x, groups) for x in stats)))
+    states = hidden_states(model, prompts, groups)
+    logp, entropy = TokenStats.apply(states, model.lm_head.weight, ids)
+    return list(zip(unflatten(logp, groups), unflatten(entropy, groups)))
 
 
 def unflatten(flat: Tensor, groups: Sequence[Group]) -> list[Tensor]:
-    """Values (n,) of all valid tokens, as (G, T) for each group; 0 at padding."""
-    parts = flat.split([sum(group.lengths) for group in groups])
-    return [torch.zeros(group.ids.shape, dtype=flat.dtype, device=flat.device).masked_scatter(group.valid, part)
-            for group, part in zip(groups, parts)]
+    """Values (n, ..) of all valid tokens, as (G, T, ..) for each group; 0 at padding."""
+    out = []
+    for group, part in zip(groups, flat.split([sum(group.lengths) for group in groups])):
+        empty = torch.zeros(*group.ids.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
+        out.append(empty.index_put((group.valid,), part))
+    return out
 
 
-def predicting_states(model: nn.Module, prompt: Prompt, group: Group) -> tuple[Tensor, Tensor]:
-    """The states (G, T, D) that predict a group's tokens, 0 at padding, and the head (V, D). No gradient."""
-    with evaluating(model):
-        flat = hidden_states(model, [prompt], [group])
-    states = torch.zeros(*group.ids.shape, flat.shape[-1], dtype=flat.dtype, device=flat.device)
-    states[group.valid] = flat
-    return states, model.lm_head.weight.detach()
+def score(model: nn.Module, prompt: Prompt, completions: Tensor | Group,
+          mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(logp (G, T), entropy (G, T)) of completions (G, T) of one prompt.
 
-
-def score(model: nn.Module, prompt: Prompt, completions: Tensor | Group, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(logp (G, T), entropy (G, T)) of completions (G, T) of one prompt; mask (G, T) True at valid tokens, which
-    come first in each row (default: all). Equals the plain forward of each full sequence; gradients included."""
+    mask (G, T): True at valid tokens, which come first in each row (default: all). Equals the plain
+    forward of each full sequence; gradients included.
+    """
     if not isinstance(completions, Group):
         completions = completions.to(model.device)
-        valid = torch.ones_like(completions, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
-        completions = Group(completions, valid)
+        valid = torch.ones_like(completions, dtype=torch.bool) if mask is None else mask
+        completions = Group(completions, valid.to(model.device).bool())
     return score_groups(model, [prompt], [completions])[0]
 
 
-# --------------------------------------------------------------------------------------------- sample
+def predicting_states(model: nn.Module, prompt: Prompt, group: Group) -> tuple[Tensor, Tensor]:
+    """The states (G, T, D) that predict a group's tokens, and the head (V, D). No gradient."""
+    with evaluating(model):
+        (states,) = unflatten(hidden_states(model, [prompt], [group]), [group])
+    return states, model.lm_head.weight.detach()
+
+
+# ------------------------------------------------------------------------------------------- sample
 @contextmanager
 def evaluating(model: nn.Module):
     """Without gradients and without gradient checkpointing (whose layers would drop the cache)."""
@@ -210,44 +273,50 @@ def evaluating(model: nn.Module):
         model.train(training)
 
 
-def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: int, *, temperature: float = 1.0,
-           top_p: float = 0.95, top_k: int = 0, seeds: Sequence[int] | None = None,
-           ends: Sequence[int] | None = None) -> list[Group]:
-    """G completions for each prompt, all decoded together; temperature 0 is greedy.
+def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: int, *,
+           temperature: float = 1.0, top_p: float = 0.95, top_k: int = 0,
+           seeds: Sequence[int] | None = None, ends: Sequence[int] | None = None) -> list[Group]:
+    """G completions for each prompt, all decoded together. Vision tokens never come out.
 
-    seeds: one per prompt (default 0, 1, ..): a prompt's random numbers depend on its seed alone, not on the rank
-    or the company it is decoded in. ends: end tokens (default: the checkpoint's). Vision tokens never come out.
+    temperature 0 is greedy; top_k 0 is off.
+    seeds: one per prompt (default 0, 1, ..). A prompt's random numbers depend on its seed alone,
+    not on the rank or the company it is decoded in.
+    ends: end tokens (default: the checkpoint's).
     """
-    seeds = range(len(prompts)) if seeds is None else seeds
+    if seeds is None:
+        seeds = range(len(prompts))
     if ends is None:
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends
     lengths = [len(p.ids) for p in prompts]
     with evaluating(model):
-        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p, top_k)
+        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p,
+                        top_k)
         d.attach()
         last, known = [], {}
         for part in batches(lengths, PREFILL):
-            hidden = run(model, prompts[part], [None] * len(prompts[part]), keep=part.start, known=known)
+            some = prompts[part]
+            hidden = packed_forward(model, some, [None] * len(some), keep=part.start, known=known)
             last.append(hidden[torch.tensor(lengths[part]).cumsum(0).to(hidden.device) - 1])
         d.start(lengths, [p.next_position for p in prompts], seeds, max_new_tokens, ends)
-        logits = model.lm_head(torch.cat(last))
-        logits = F.pad(logits, (0, 0, 0, d.N - len(prompts)))
+        logits = F.pad(model.lm_head(torch.cat(last)), (0, 0, 0, d.N - len(prompts)))
         d.extend(logits.repeat_interleave(G, 0))
         for t in range(1, max_new_tokens):
-            if (model.device.type == "cpu" or t % CHECK_EVERY == 0) and bool(d.done.all()):
+            look = model.device.type == "cpu" or t % CHECK_EVERY == 0
+            if look and bool(d.done.all()):
                 break
             d.advance()
     groups = []
     for n in range(len(prompts)):
-        valid = d.valid[:, n].T
+        valid = d.valid[:, n].T                                 # (G, T)
         T = int(valid.sum(-1).max())
-        groups.append(Group(d.ids[:T, n].T.clone(), valid[:, :T].clone(), d.logp[:T, n].T.clone(), d.done[n].clone()))
+        groups.append(Group(d.ids[:T, n].T.clone(), valid[:, :T].clone(),
+                            d.logp[:T, n].T.clone(), d.done[n].clone()))
     return groups
 
 
 def batches(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Consecutive runs of `sizes` whose sums stay within `limit`; a larger single size stands alone."""
+    """Consecutive runs of `sizes` with sums within `limit`; a larger single size stands alone."""
     starts, total = [], 0
     for i, size in enumerate(sizes):
         if not starts or total + size > limit:

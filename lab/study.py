@@ -1,17 +1,17 @@
-"""Is the key token key? The same training under different rules for choosing tokens, on the toy world, with controls.
+"""Is the key token key? One training under many rules for choosing tokens, on the toy world.
 
-    python -m lab.study                                           every variant below, five seeds each; resumable
-    python -m lab.study --only GRPO Video-KTR "random 45%" --add "mine=--signals mine"      your rule against its controls
-    python -m lab.study --gradients runs/study/Video-KTR/seed-0/final       the paper's gradient analysis
+    python -m lab.study                         all variants, five seeds each; resumable
+    python -m lab.study --only GRPO "random 45%" --add "mine=--signals mine"    rule and controls
+    python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
 
-All variants share data, seeds, learning rate and steps. Differences are paired by seed: the same cold start, the same
-order of prompts, the same random numbers in sampling. "/selected" variants divide a row by its key tokens instead of
-its length; they take steps 2 to 5 times as large, which is a difference of learning rate and is shown apart.
+All variants share data, seeds, learning rate and steps. Differences are paired by seed: the same
+cold start, the same order of prompts, the same random numbers in sampling. "/selected" variants
+divide a row by its key tokens instead of its length; they take steps 2 to 5 times as large, which
+is a difference of learning rate and is shown apart.
 """
 
 import argparse
 import json
-import math
 import os
 import shlex
 import statistics
@@ -19,22 +19,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 import torch
 from tqdm import tqdm
 
-from attribution import Rollout, attribute, select
-from ablations import shift
-from data import Prompts, read_records
-from grpo import group_advantages
-from policy import load, sample, score_groups
-from rewards import accuracy_reward, format_reward
+from lab.gradients import gradient_analysis
+from lab.report import plot, smooth
+from lab.stats import detectable, holm, interval, p_value
 
+ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "GRPO": "--signals all",
     "random 20%": "--signals random",
-    "random 45%": "--signals random --ratio 0.45",                  # as many tokens as the union of the three
+    "random 45%": "--signals random --ratio 0.45",      # as many as the union of the three
     "entropy": "--signals entropy",
     "visual": "--signals visual",
     "temporal": "--signals temporal",
@@ -51,203 +48,198 @@ VARIANTS = {
     "KTR reversed frames": "--order reverse",
     "KTR half masked": "--masking half",
     "KTR signed": "--shift signed",
-    "GRPO lr x2.2": "--signals all --lr 2.2e-4",                    # the step size that /selected amounts to
+    "GRPO lr x2.2": "--signals all --lr 2.2e-4",        # the step size of /selected
     "random 45% /selected": "--signals random --ratio 0.45 --normalize selected",
     "KTR /selected": "--normalize selected",
 }
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
-T_80 = (1.38, 1.06, 0.98, 0.94, 0.92, 0.91, 0.90, 0.89, 0.88, 0.88, 0.88, 0.87, 0.87, 0.87, 0.87, 0.86, 0.86, 0.86, 0.86)
+COMPARISONS = {         # heading: (measure, control)
+    "minus GRPO": ("accuracy", "GRPO"),
+    "minus random 45%": ("accuracy", "random 45%"),
+    "learning minus GRPO": ("learning", "GRPO"),
+}
 
 
 # --------------------------------------------------------------------------------------------- runs
-def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, device: str) -> None:
-    """One run and its test score, left alone if they are there already. RuntimeError holds what a failure printed, or says
-    that the folder holds a run under other options (a rule whose code has changed cannot be told: remove its folder)."""
-    out = Path(a.out) / name.replace("/", "per-") / f"seed-{seed}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device, "HF_HUB_OFFLINE": "1"}
-    train = ["ktr.py", "--model", a.model, "--data", f"{a.world}/train.json", "--out", str(out), "--dtype", "float32",
-             "--no_checkpointing", "--max_new_tokens", "64", "--prompts_per_step", "4", "--max_steps", str(a.steps), "--lr", "1e-4",
-             "--warmup_steps", "10", "--save_every", "1000", "--keep", "1", "--workers", "0", "--seed", str(seed),
-             "--sample_every", "1000000", *shlex.split(options)]
-    test = ["evaluate.py", "--model", str(out / "final"), "--data", f"{a.world}/test.json", "--videos", a.world, "--benchmark", "toy",
-            "--out", str(out / "after"), "--max_new_tokens", "64", "--batch", "100", "--dtype", "float32", "--workers", "0"]
-    made_by = out / "study.json"
-    if made_by.exists() and json.loads(made_by.read_text()) != [train, test]:
-        raise RuntimeError(f"{out} holds a run under other options; remove it or choose another --out")
-    if (out / "after" / "scores.json").exists():
+def folder_of(out: str, name: str, seed: int) -> Path:
+    return Path(out) / name.replace("/", "per-") / f"seed-{seed}"
+
+
+def commands_of(run: Path, seed: int, options: str, a: argparse.Namespace) -> list[list[str]]:
+    """What trains a run and what tests it."""
+    train = [
+        "ktr.py", "--model", a.model, "--data", f"{a.world}/train.json", "--out", str(run),
+        "--dtype", "float32", "--no_checkpointing", "--max_new_tokens", "64",
+        "--prompts_per_step", "4", "--max_steps", str(a.steps), "--lr", "1e-4",
+        "--warmup_steps", "10", "--save_every", "1000", "--keep", "1", "--workers", "0",
+        "--seed", str(seed), "--sample_every", "1000000", *shlex.split(options)]
+    test = [
+        "evaluate.py", "--model", str(run / "final"), "--data", f"{a.world}/test.json",
+        "--videos", a.world, "--benchmark", "toy", "--out", str(run / "after"),
+        "--max_new_tokens", "64", "--batch", "100", "--dtype", "float32", "--workers", "0"]
+    return [train, test]
+
+
+def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gpu: str) -> None:
+    """One run and its test score, left alone if they are there already. RuntimeError holds what a
+    failure printed, or says that the folder holds a run under other options (a rule whose code has
+    changed cannot be told: remove its folder)."""
+    run = folder_of(a.out, name, seed)
+    commands, made_by = commands_of(run, seed, options, a), run / "study.json"
+    if made_by.exists() and json.loads(made_by.read_text()) != commands:
+        raise RuntimeError(f"{run} holds a run under other options; remove it or change --out")
+    if (run / "after" / "scores.json").exists():
         return
-    out.mkdir(parents=True, exist_ok=True)
-    made_by.write_text(json.dumps([train, test]))
-    for command in (train, test):
-        done = subprocess.run([sys.executable, *command], cwd=Path(__file__).resolve().parent.parent, env=environment, capture_output=True, text=True)
+    run.mkdir(parents=True, exist_ok=True)
+    made_by.write_text(json.dumps(commands))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "CUDA_VISIBLE_DEVICES": gpu}
+    for command in commands:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+                              capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{name}, seed {seed}: {shlex.join(command)}\n{(done.stdout + done.stderr)[-2000:]}")
+            printed = (done.stdout + done.stderr)[-2000:]
+            raise RuntimeError(f"{name}, seed {seed}: {shlex.join(command)}\n{printed}")
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """Every variant and seed, as many at once as there are cores or GPUs."""
-    gpus = [str(i) for i in range(torch.cuda.device_count())]
-    places: Queue = Queue()
-    for i in range(a.jobs or (4 * len(gpus) or os.cpu_count())):
-        places.put(gpus[i % len(gpus)] if gpus else "")
-    work = [(name, seed, options) for seed in range(a.seeds) for name, options in variants.items()]
-    with tqdm(total=len(work), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(places.qsize()) as pool:
-        def one(item):
-            device = places.get()
-            try:
-                train_and_test(*item, a, device)
-            finally:
-                places.put(device)
-                bar.update()
-        list(pool.map(one, work))
+    """Every variant and seed, `a.jobs` at once: by default one per core, or four per GPU."""
+    gpus = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    jobs = a.jobs or (os.cpu_count() if gpus == [""] else 4 * len(gpus))
+    work = [(seed, name) for seed in range(a.seeds) for name in variants]
+    bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
+
+    def one(i: int) -> None:
+        seed, name = work[i]
+        train_and_test(name, seed, variants[name], a, gpus[i % len(gpus)])
+        bar.update()
+
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, range(len(work))))           # a failure is raised here, the rest dropped
 
 
 # -------------------------------------------------------------------------------------------- table
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95% interval (Student's t)."""
-    n = len(values)
-    return statistics.mean(values), T_95[min(n, len(T_95) + 1) - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else float("nan")
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def outcome(run: Path) -> dict[str, float]:
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    """Of one run: test accuracy and the area under the training curve (`learning`) in percent; over
+    the last fifth of the steps mean reward, KL, gradient norm, share of key tokens; seconds."""
+    log = read_log(run)
     late = log[-max(1, len(log) // 5):]
     scores = json.loads((run / "after" / "scores.json").read_text())["scores"]
-    return {"accuracy": 100 * scores["all"]["strict"], "reward": statistics.mean(row["reward"] for row in late),
-            "learning": 100 * statistics.mean(row["accuracy"] for row in log), "kl": statistics.mean(row["kl"] for row in late),
-            "grad": statistics.mean(row["grad_norm"] for row in late), "share": 100 * statistics.mean(row["key_share"] for row in late),
+    return {"accuracy": 100 * scores["all"]["strict"],
+            "learning": 100 * statistics.mean(row["accuracy"] for row in log),
+            "reward": statistics.mean(row["reward"] for row in late),
+            "share": 100 * statistics.mean(row["key_share"] for row in late),
+            "kl": statistics.mean(row["kl"] for row in late),
+            "grad": statistics.mean(row["grad_norm"] for row in late),
             "seconds": sum(row["seconds"] for row in log)}
 
 
-def print_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
-    """Test accuracy and learning with intervals, paired differences from GRPO and from chance, and what went with them."""
-    found = {name: [outcome(Path(a.out) / name.replace("/", "per-") / f"seed-{seed}") for seed in range(a.seeds)] for name in variants}
-    compared = [(measure, control) for measure, control in (("accuracy", "GRPO"), ("accuracy", "random 45%"), ("learning", "GRPO"))
-                if control in found]
-    print(f"{'':22} test accuracy" + "".join(f"   minus {control:11}" for measure, control in compared if measure == "accuracy")
-          + "  learning" + "   minus GRPO  " * ("GRPO" in found) + "   reward  tokens     kl   grad  seconds")
-    table, noise = {}, {measure: [] for measure in ("accuracy", "learning")}
-    for name, runs in found.items():
-        row = {key: interval([run[key] for run in runs]) for key in runs[0]}
-        text = {"accuracy": f"{row['accuracy'][0]:5.1f} +- {row['accuracy'][1]:4.1f}", "learning": f"   {row['learning'][0]:5.1f}"}
-        for measure, control in compared:
-            differences = [run[measure] - other[measure] for run, other in zip(runs, found[control])]
-            label = f"minus {control}" if measure == "accuracy" else f"learning minus {control}"
-            row[label] = interval(differences)
-            text[measure] += f"   {row[label][0]:+6.1f} +- {row[label][1]:4.1f}" if name != control else " " * 17
-            if name != control and len(runs) > 1:
-                noise[measure].append(statistics.stdev(differences))
-        print(f"{name:22} {text['accuracy']} {text['learning']}  {row['reward'][0]:6.2f} {row['share'][0]:6.0f}% {row['kl'][0]:6.3f} "
-              f"{row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
-        table[name] = row
-    if noise["accuracy"]:
-        df = min(a.seeds, len(T_95) + 1) - 2
-        least = {measure: (T_95[df] + T_80[df]) * statistics.median(some) / math.sqrt(a.seeds) for measure, some in noise.items() if some}
-        print(f"+-: 95% intervals over {a.seeds} seeds. The study would find (80% power, 5% level) a paired difference of "
-              + ", ".join(f"{points:.1f} points of {measure}" for measure, points in least.items()))
-    print("learning: mean training accuracy over all steps in percent, the area under the curve")
+def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
+    """{name: {measure or comparison: (mean, half-width of the 95% interval), "p COMPARISON": ..}},
+    p corrected for all variants compared with that control; printed as well."""
+    found, table, notes = {}, {}, []
+    for name in variants:
+        runs = [outcome(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
+        table[name] = {measure: interval([run[measure] for run in runs]) for measure in runs[0]}
+        found[name] = runs
+    compared = [label for label, (_, control) in COMPARISONS.items() if control in found]
+    for label in compared:
+        measure, control = COMPARISONS[label]
+        differences = {}                                # from the control, seed by seed
+        for name in variants:
+            if name != control:
+                pairs = zip(found[name], found[control])
+                differences[name] = [run[measure] - other[measure] for run, other in pairs]
+        corrected = holm({name: p_value(values) for name, values in differences.items()})
+        for name, values in differences.items():
+            table[name][label] = interval(values)
+            table[name][f"p {label}"] = corrected[name]
+        if a.seeds > 1 and differences:
+            noise = statistics.median(statistics.stdev(values) for values in differences.values())
+            m = len(differences)
+            alone, among = detectable(noise, a.seeds), detectable(noise, a.seeds, 0.05 / m)
+            notes.append(f"{label}: {alone:.1f} points alone, {among:.1f} among {m}")
+    print_rows(table, compared)
+    print(f"+-: 95% intervals over {a.seeds} seeds. learning: mean training accuracy of all steps")
+    print("p: paired t over seeds, Holm's correction for all rules compared with that control")
+    if notes:
+        print("Found with 80% power at the 5% level, a true difference of:", "; ".join(notes))
     return table
 
 
-def plot(variants: dict[str, str], a: argparse.Namespace, path: Path) -> None:
-    """Training reward against step, mean over seeds, smoothed; needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no plot: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+def print_rows(table: dict, compared: list[str]) -> None:
+    """A line for each variant: each measure, then its differences from the controls."""
+    columns = []
+    for measure in ("accuracy", "learning"):
+        columns += [measure, *(label for label in compared if COMPARISONS[label][0] == measure)]
+    heads = "".join(f"{column:>{25 if column in COMPARISONS else 16}}" for column in columns)
+    print(f"{'':22}{heads}   reward  tokens     kl   grad  seconds")
+    for name, row in table.items():
+        line = f"{name:22}"
+        for column in columns:
+            if column not in row:                       # the control itself
+                line += " " * 25
+                continue
+            mean, half = row[column]
+            if column in COMPARISONS:
+                line += f"   {mean:+6.1f} +- {half:4.1f} p {row[f'p {column}']:5.3f}"
+            else:
+                line += f"   {mean:5.1f} +- {half:4.1f}"
+        print(f"{line}  {row['reward'][0]:7.2f} {row['share'][0]:6.0f}% {row['kl'][0]:6.3f} "
+              f"{row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
+
+
+def draw(variants: dict[str, str], a: argparse.Namespace) -> None:
+    """Curves of the training, mean over seeds, as curves.svg and .png; needs matplotlib."""
+    runs, columns = [], ("reward", "accuracy", "kl", "grad_norm")
     for name in variants:
-        runs = [[json.loads(line)["reward"] for line in (Path(a.out) / name.replace("/", "per-") / f"seed-{seed}" / "log.jsonl").open()]
-                for seed in range(a.seeds)]
-        mean = torch.tensor(runs).mean(0)
-        smooth = mean.unfold(0, min(10, len(mean)), 1).mean(-1)
-        axes.plot(range(len(mean) - len(smooth), len(mean)), smooth, label=name, linewidth=2.2 if name in ("GRPO", "Video-KTR") else 1)
-    axes.set(xlabel="step", ylabel="training reward (mean over seeds, 10 steps)")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"plot: {path}")
-
-
-# ---------------------------------------------------------------------------------------- gradients
-def gradient_analysis(model_name: str, a: argparse.Namespace, questions: int = 64, G: int = 8) -> dict:
-    """The paper's analysis at one checkpoint: the last layer's gradient from the key tokens and from the others, their cosine
-    with the whole gradient, and the variance over completions of the loss that each leaves, -A_i/|o_i| sum_t m_t logp_t."""
-    model, processor = load(model_name)
-    records = [r for r in read_records(f"{a.world}/train.json")[0] if r["data_type"] == "video"][:questions]
-    prompts = [Prompts(records, a.world, processor)[i] for i in range(len(records))]
-    groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
-    last = list(model.model.language_model.layers[-1].parameters())
-    rules = {"Video-KTR": ({"visual": 0.2, "temporal": 0.2, "entropy": 0.2}), "random 45%": {"random": 0.45}}
-    norms = {rule: {"key": [], "other": [], "cosine key": [], "cosine other": []} for rule in rules}
-    losses: dict[str, list[float]] = {"GRPO": [], **{rule: [] for rule in rules}}
-    for i, (prompt, group) in enumerate(zip(prompts, groups)):
-        texts = [processor.tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(group.ids, group.lengths)]
-        rewards = torch.tensor([accuracy_reward(t, prompt.record["solution"], prompt.record["problem_type"]) + format_reward(t) for t in texts])
-        advantages = group_advantages(rewards)
-        if not advantages.any():
-            continue
-        ((logp, entropy),) = score_groups(model, [prompt], [group])
-        r = Rollout(prompt, group.ids, group.valid, logp.detach(), entropy, torch.Generator().manual_seed(i))
-
-        def moved(_, changed):
-            with torch.no_grad():
-                return [shift(r.logp, score_groups(model, changed, [group])[0][0])]
-        tokens = -advantages[:, None] * logp / group.valid.sum(-1, keepdim=True)                    # (G, T)
-
-        def gradient(mask):
-            parts = torch.autograd.grad((tokens * mask).sum(), last, retain_graph=True)
-            return torch.cat([g.flatten() for g in parts])
-        whole = gradient(group.valid)
-        losses["GRPO"] += (tokens * group.valid).sum(-1).tolist()
-        for rule, ratios in rules.items():
-            key = select(attribute([r], list(ratios), moved)[0], group.valid, ratios)
-            losses[rule] += (tokens * key).sum(-1).tolist()
-            for name, mask in (("key", key), ("other", group.valid & ~key)):
-                g = gradient(mask)
-                norms[rule][name].append(g.norm().item())
-                norms[rule][f"cosine {name}"].append(torch.cosine_similarity(g, whole, dim=0).item())
-    if not losses["GRPO"]:
-        raise SystemExit(f"error: {model_name}: in all {len(groups)} groups the completions earn alike; there is no gradient to look at")
-    table = {rule: {name: statistics.mean(values) for name, values in found.items()} for rule, found in norms.items()}
-    variance = {rule: statistics.variance(values) for rule, values in losses.items()}
-    print(f"last layer's gradient, mean over {len(norms['Video-KTR']['key'])} groups with unequal rewards")
-    for rule, row in table.items():
-        print(f"{rule:12} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; cosine with the whole: "
-              f"{row['cosine key']:.3f}, {row['cosine other']:.3f}")
-    print("variance of the loss: " + ", ".join(f"{rule} {value:.3f}" for rule, value in variance.items()))
-    return {"gradients": table, "loss variance": variance}
+        logs = [read_log(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
+        log = {"step": [row["step"] for row in logs[0]]}
+        for column in columns:
+            seeds = [[row[column] for row in rows] for rows in logs]
+            log[column] = [statistics.mean(values) for values in zip(*seeds)]
+        smoothed = {column: smooth(values) for column, values in log.items()}
+        runs.append({"name": name, "log": log, "smooth": smoothed})
+    plot(runs, columns, Path(a.out, "curves"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
-    parser.add_argument("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="further variants, as options of ktr.py")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--jobs", type=int, default=0, help="runs at once (default: one per core, four per GPU)")
-    parser.add_argument("--world", default="toy_world")
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--out", default="runs/study")
-    parser.add_argument("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
+    add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
+    add("--seeds", type=int, default=5)
+    add("--steps", type=int, default=80)
+    add("--jobs", type=int, default=0, help="runs at once (default: one per core, four per GPU)")
+    add("--world", default="toy_world")
+    add("--model", default="cold_start")
+    add("--out", default="runs/study")
+    add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
-    if a.gradients:
-        return gradient_analysis(a.gradients, a)
+    if not all("=" in item for item in a.add):
+        parser.error("--add takes NAME=OPTIONS")
     unknown = [name for name in a.only or [] if name not in VARIANTS]
     if unknown:
         parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    if a.seeds < 1 or a.jobs < 0:
+        parser.error("--seeds takes a number from 1 on, --jobs from 0 on")
+
     if not Path(a.world, "test.json").exists():
-        subprocess.run([sys.executable, "-m", "lab.toy", "make", a.world], check=True)
-    if any("=" not in item for item in a.add):
-        parser.error("--add takes NAME=OPTIONS")
-    variants = {name: VARIANTS[name] for name in a.only or VARIANTS} | dict(item.split("=", 1) for item in a.add)
+        subprocess.run([sys.executable, "-m", "lab.toy", "make", a.world], cwd=ROOT, check=True)
+    if a.gradients:
+        gradient_analysis(a.gradients, a.world)
+        return
+    variants = {name: VARIANTS[name] for name in a.only or VARIANTS}
+    variants.update(item.split("=", 1) for item in a.add)
     run_all(variants, a)
-    table = print_table(variants, a)
-    Path(a.out, "table.json").write_text(json.dumps({"options": vars(a), "variants": variants, "table": table}, indent=1))
-    plot(variants, a, Path(a.out, "reward.png"))
+    table = make_table(variants, a)
+    saved = {"options": vars(a), "variants": variants, "table": table}
+    Path(a.out, "table.json").write_text(json.dumps(saved, indent=1))
+    draw(variants, a)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or not there.
+"""Checkpoints that are complete or not there, and SIGTERM.
 
-A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it) with a model card and, under
-training_state/, one file per rank. It is written aside as NAME.part and renamed when every rank has finished;
-older ones go only after that. So whatever kills the run, the newest NAME is whole. `Preemption` hears SIGTERM.
+A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it) with a model card
+and, under training_state/, one file per rank. It is written aside as NAME.part and renamed when
+every rank has finished; older ones go only after that. So whatever kills a run, its newest
+checkpoint is whole.
 """
 
 import json
@@ -10,6 +11,8 @@ import os
 import shutil
 import signal
 import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,97 +21,150 @@ from safetensors import SafetensorError
 
 from run.distributed import agree
 
+CARD = """---
+base_model: {base}
+library_name: transformers
+pipeline_tag: video-text-to-text
+tags: [grpo, video-ktr]
+---
+
+# Video-KTR: {base} after {step} of {steps} steps
+
+Trained with GRPO on key tokens (Video-KTR, arXiv 2601.19686).
+
+```json
+{options}
+```
+"""
+
+
+def all_of(out: Path) -> list[Path]:
+    """The complete checkpoints in a run's folder, oldest first."""
+    return sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and p.suffix != ".part")
+
 
 def newest(out: Path) -> Path | None:
     """The newest complete checkpoint in a run's folder."""
-    found = sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and p.suffix != ".part")
-    return found[-1] if found else None
+    return all_of(out)[-1] if all_of(out) else None
 
 
-def save(out: Path, model, processor, optimizer, state: dict, options: dict, steps: int, keep: int) -> None:
-    """Write OUT/checkpoint-STEP (state["step"]) and drop all but the newest `keep`. Every rank calls it.
+def sweep(out: Path) -> None:
+    """Remove what a kill during a save has left. For rank 0, before the first step."""
+    for part in out.glob("checkpoint-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
 
-    Raises OSError on all ranks, naming the last good checkpoint, if any rank cannot write; nothing partial stays.
+
+def save(out: Path, model, processor, optimizer, state: dict, options: dict, steps: int,
+         keep: int) -> None:
+    """Write OUT/checkpoint-STEP (state["step"]), then drop all but the newest `keep`.
+
+    Every rank calls it. OSError on all ranks, naming the last good checkpoint, if any rank cannot
+    write; nothing partial stays.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     final = out / f"checkpoint-{state['step']:06d}"
     part = final.with_suffix(".part")
     failure = None
     try:
+        (part / "training_state").mkdir(parents=True, exist_ok=True)
+        own = {"optimizer": optimizer.state_dict(), **state}
+        torch.save(own, part / "training_state" / f"rank-{rank:04d}.pt")
         if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            (part / "training_state").mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    try:
-        if agree(failure is None, model.device):        # the folder is there
-            torch.save({"optimizer": optimizer.state_dict(), **state}, part / "training_state" / f"rank-{rank:04d}.pt")
-            if rank == 0:
-                model.save_pretrained(part)
-                processor.save(part)
-                (part / "README.md").write_text(model_card(options, state["step"], steps))
-        elif failure is None:
-            failure = OSError("rank 0 could not make the folder")
-    except (OSError, RuntimeError, SafetensorError) as error:   # torch.save reports a full disk as RuntimeError
-        failure = error
+            model.save_pretrained(part)
+            processor.save(part)
+            (part / "README.md").write_text(CARD.format(
+                base=options["model"], step=state["step"], steps=steps,
+                options=json.dumps(options, indent=2)))
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
+        failure = error                                         # RuntimeError
     if not agree(failure is None, model.device):
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        last = newest(out)
-        raise OSError(f"checkpoint {final} could not be written ({failure or 'another rank failed'}); free some space "
-                      f"and start again with --resume auto, which continues from {last or 'the beginning'}") from failure
+        raise OSError(f"checkpoint {final} could not be written "
+                      f"({failure or 'another rank failed'}); free some space and start again with "
+                      f"--resume auto, which continues from {newest(out) or 'the beginning'}"
+                      ) from failure
     if rank == 0:
-        for path in part.rglob("*"):                    # on the disk, should the machine go down after the rename
-            if path.is_file():
+        for path in part.rglob("*"):        # on the disk, should the machine go down after the
+            if path.is_file():              # rename
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        complete = sorted(p for p in out.glob("checkpoint-*") if p.suffix != ".part")
-        for old in complete[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)      # somebody may be reading it
-    agree(True, model.device)                           # nobody goes on before the checkpoint is in place
+        for old in all_of(out)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
+    agree(True, model.device)               # nobody goes on before the checkpoint is in place
 
 
-def load_state(folder: Path, optimizer) -> dict:
-    """Restore this rank's optimizer shard; returns the rest of the training state."""
+def load_state(folder: Path, optimizer, expected: dict) -> dict:
+    """Restore this rank's part of the optimizer; returns the rest of the training state.
+
+    expected: the state of a run that begins now. SystemExit where the checkpoint was made by
+    another number of processes, or under other options or data, so that it cannot be continued.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     files = sorted((folder / "training_state").glob("rank-*.pt"))
+    elsewhere = f"or begin a new run from its weights: --model {folder} --out ANOTHER"
     if len(files) != optimizer.world:
-        raise SystemExit(f"error: {folder} was written by {len(files)} processes and this run has {optimizer.world}; "
-                         f"start as many, or begin a new run from its weights with --model {folder}")
+        raise SystemExit(f"error: {folder} was written by {len(files)} processes and this run has "
+                         f"{optimizer.world}; start as many, {elsewhere}")
     state = torch.load(files[rank], map_location="cpu", weights_only=True)
+    there, now = state["made_by"], expected["made_by"]
+    changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in now.items()
+               if there.get(name) != value]
+    if changed:
+        raise SystemExit(f"error: {folder} was made otherwise ({'; '.join(changed)}); to continue "
+                         f"exactly, start as it was started, {elsewhere}")
     optimizer.load_state_dict(state.pop("optimizer"))
     return state
 
 
-def model_card(options: dict, step: int, steps: int) -> str:
-    """README.md of a checkpoint: what it is and the options that made it."""
-    base = options["model"]
-    front = f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: video-text-to-text\ntags: [grpo, video-ktr]\n---\n"
-    return (f"{front}\n# Video-KTR: {base} after {step} of {steps} steps\n\nTrained with GRPO on key tokens (Video-KTR, "
-            f"arXiv 2601.19686).\n\n```json\n{json.dumps(options, indent=2)}\n```\n")
+def point_to_newest(out: Path) -> Path:
+    """OUT/final becomes, and is returned as, a link to the newest checkpoint."""
+    final = out / "final"
+    final.unlink(missing_ok=True)
+    final.symlink_to(newest(out).name)
+    return final
 
 
 class Preemption:
-    """SIGTERM asks for a checkpoint at the next step boundary; a process stuck in a collective leaves by itself, unless it
-    is `saving`, which may take long."""
+    """SIGTERM asks for a checkpoint at the end of the step.
+
+    A process that waits in vain for another one (in a collective) leaves by itself: when no step
+    has ended for three times the longest one so far, and at least `grace` seconds. It stays while
+    it is `saving`.
+    """
 
     def __init__(self, grace: float = 45.0):
-        self.asked, self.saving, self.heard = False, False, threading.Event()
+        self.asked, self.busy, self.heard = False, False, threading.Event()
+        self.grace, self.longest, self.last = grace, 0.0, time.monotonic()
         read, write = os.pipe()
         os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)             # written even while the main thread waits inside a collective
-        signal.signal(signal.SIGTERM, self._ask)
-        threading.Thread(target=self._watch, args=(read, grace), daemon=True).start()
+        signal.set_wakeup_fd(write)         # written even while the main thread waits inside a
+        signal.signal(signal.SIGTERM, self._ask)                # collective
+        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
-    def _ask(self, *_):
+    def step_ended(self, ranks_asked: float) -> bool:
+        """Whether to leave now, the same on every rank; ranks_asked: how many heard a SIGTERM."""
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if self.asked or ranks_asked:
+            self.heard.set()
+        return bool(ranks_asked)
+
+    @contextmanager
+    def saving(self):
+        self.busy = True
+        yield
+        self.busy = False
+
+    def _ask(self, *_) -> None:
         self.asked = True
 
-    def _watch(self, pipe: int, grace: float):
+    def _watch(self, pipe: int) -> None:
         while os.read(pipe, 1) != bytes([signal.SIGTERM]):
             pass
-        while not self.heard.wait(grace):
-            if not self.saving:
+        while not self.heard.wait(max(self.grace, 3 * self.longest)):
+            if not self.busy:
                 os.write(2, b"SIGTERM: no step ended in time, leaving without a checkpoint\n")
                 os._exit(1)

@@ -12,12 +12,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 if not torch.cuda.is_available():
     collect_ignore_glob = ["gpu/*"]       # bash test.sh --gpu
 
 import policy  # noqa: E402
-from lab import toy  # noqa: E402
+from lab import cold_start, toy  # noqa: E402
 from prompt import patches  # noqa: E402
 
 
@@ -25,7 +25,7 @@ from prompt import patches  # noqa: E402
 def checkpoint_folder(tmp_path_factory):
     """A checkpoint of random weights, large enough that its outputs depend on what it sees."""
     folder = tmp_path_factory.mktemp("tiny")
-    toy.cold_start(folder, steps=1, batch=2)
+    cold_start.train(folder, steps=1, batch=2)
     model, processor = policy.load(str(folder))
     torch.manual_seed(3)
     with torch.no_grad():
@@ -62,10 +62,12 @@ def prompts(tiny):
     rng, found = random.Random(5), []
     while len(found) < 3:
         prompt = toy.example_prompt(rng, tiny[1])[0]
-        found += [prompt] if prompt.kind == "video" else []
-    while found[-1].kind == "video":
+        if prompt.kind == "video":
+            found.append(prompt)
+    while len(found) < 4:
         prompt = toy.example_prompt(rng, tiny[1])[0]
-        found += [prompt] if prompt.kind == "image" else []
+        if prompt.kind == "image":
+            found.append(prompt)
     return found
 
 
@@ -75,9 +77,12 @@ def plain_inputs(prompt, completion=None):
     kinds = torch.zeros_like(ids)
     kinds[:len(prompt.ids)][prompt.visual] = 2 if prompt.kind == "video" else 1
     pixels, grid = patches(prompt.frames, prompt.vision), torch.tensor([prompt.grid])
-    media = ({"pixel_values_videos": pixels, "video_grid_thw": grid, "second_per_grid_ts": torch.tensor([prompt.seconds])}
-             if prompt.kind == "video" else {"pixel_values": pixels, "image_grid_thw": grid})
-    return dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], mm_token_type_ids=kinds[None], **media)
+    media = {"pixel_values": pixels, "image_grid_thw": grid}
+    if prompt.kind == "video":
+        media = {"pixel_values_videos": pixels, "video_grid_thw": grid,
+                 "second_per_grid_ts": torch.tensor([prompt.seconds])}
+    return dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None],
+                mm_token_type_ids=kinds[None], **media)
 
 
 def plain_logp(model, prompt, completion):

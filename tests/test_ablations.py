@@ -1,4 +1,4 @@
-"""What is done to the video, and distances between predictions: by hand, and against plain references."""
+"""The paper's other options and the baselines' parts: by hand, and against plain references."""
 
 import math
 
@@ -8,18 +8,31 @@ import torch.nn.functional as F
 from conftest import plain_inputs
 
 import ablations
-from ablations import DISTANCES, MASKINGS, ORDERS, blocks, distribution_shift
-from policy import score
+import ktr
+from ablations import (DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, blocks, distribution_shift,
+                       ordered_bonus, soften)
+from attribution import SIGNALS, Rollout, attribute
+from policy import Group, predicting_states, sample, score
+from run.options import Options
 
 P, Q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
 
 
-# ----------------------------------------------------------------------------------------- distances
-@pytest.mark.parametrize("kind, want, most", [                              # most: of distributions that share no word
+def rollout(prompt, seed=0, other=None, G=4):
+    """A rollout before anything is scored."""
+    return Rollout(prompt, Group(torch.zeros(G, 2).long(), torch.ones(G, 2).bool()), seed, other)
+
+
+# ---------------------------------------------------------------------------------------- distances
+JS = (0.5 * math.log(5 / 7) + 0.5 * math.log(5 / 3)
+      + 0.9 * math.log(9 / 7) + 0.1 * math.log(1 / 3)) / 2
+
+
+@pytest.mark.parametrize("kind, want, most", [      # most: of distributions that share no word
     ("l1", 0.4 + 0.4, 2.0),
     ("l2", math.sqrt(0.16 + 0.16), math.sqrt(2)),
     ("kl", 0.5 * math.log(5 / 9) + 0.5 * math.log(5), None),
-    ("js", (0.5 * math.log(5 / 7) + 0.5 * math.log(5 / 3) + 0.9 * math.log(9 / 7) + 0.1 * math.log(1 / 3)) / 2, math.log(2)),
+    ("js", JS, math.log(2)),
     ("hellinger", math.sqrt(1 - math.sqrt(0.45) - math.sqrt(0.05)), 1.0),
     ("cosine", 1 - (0.45 + 0.05) / math.sqrt(0.5 * 0.82), 1.0),
 ])
@@ -32,16 +45,23 @@ def test_distances_by_hand(kind, want, most):
         assert distance(apart[:1], apart[1:]).item() == pytest.approx(most, abs=1e-5)
 
 
+def torch_kl(p, q):
+    """KL(p || q) by torch, which turns the arguments round."""
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
 def test_distances_equal_torchs_own_on_many_words():
     torch.manual_seed(0)
     p, q = (3 * torch.randn(2, 6, 50, dtype=torch.float64)).log_softmax(-1)
-    middle = ((p.exp() + q.exp()) / 2).log()
+    middle, norm = ((p.exp() + q.exp()) / 2).log(), torch.linalg.vector_norm
+    cosines = torch.stack([a @ b / a.norm() / b.norm() for a, b in zip(p.exp(), q.exp())])
     want = {
-        "l1": torch.linalg.vector_norm(p.exp() - q.exp(), 1, -1), "l2": torch.linalg.vector_norm(p.exp() - q.exp(), 2, -1),
-        "kl": F.kl_div(q, p, reduction="none", log_target=True).sum(-1),                        # KL(p || q): torch turns them round
-        "js": sum(F.kl_div(middle, x, reduction="none", log_target=True).sum(-1) for x in (p, q)) / 2,
-        "hellinger": torch.linalg.vector_norm(p.exp().sqrt() - q.exp().sqrt(), 2, -1) / math.sqrt(2),
-        "cosine": 1 - torch.stack([a @ b / a.norm() / b.norm() for a, b in zip(p.exp(), q.exp())])}
+        "l1": norm(p.exp() - q.exp(), 1, -1),
+        "l2": norm(p.exp() - q.exp(), 2, -1),
+        "kl": torch_kl(p, q),
+        "js": (torch_kl(p, middle) + torch_kl(q, middle)) / 2,
+        "hellinger": norm(p.exp().sqrt() - q.exp().sqrt(), 2, -1) / math.sqrt(2),
+        "cosine": 1 - cosines}
     assert set(want) == set(DISTANCES)
     for kind, values in want.items():
         assert torch.allclose(DISTANCES[kind](p, q), values, atol=1e-6), kind
@@ -55,82 +75,102 @@ def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
     assert torch.allclose(distribution_shift(states, other, head, kind), want, atol=1e-6)
     rows, distance = [], DISTANCES[kind]
     monkeypatch.setitem(DISTANCES, kind, lambda p, q: rows.append(len(p)) or distance(p, q))
-    for words, sizes in ((3 * 7 + 6, [3, 3, 3, 1]), (1, [1] * 10)):         # room for 3 rows of 7 words; for not even one
-        monkeypatch.setattr(ablations, "WORDS_AT_ONCE", words)
+    # room for 3 rows of 7 words, and for not even one
+    for room, sizes in ((3 * 7 + 6, [3, 3, 3, 1]), (1, [1] * 10)):
+        monkeypatch.setattr(ablations, "LOGITS_AT_ONCE", room)
         rows.clear()
-        assert torch.allclose(distribution_shift(states, other, head, kind), want, atol=1e-6) and rows == sizes
+        got = distribution_shift(states, other, head, kind)
+        assert torch.allclose(got, want, atol=1e-6) and rows == sizes
 
 
 # ---------------------------------------------------------------------------------------- the video
+def masked(kind, prompt, seed=0, other=None, positions="unchanged"):
+    options = Options(masking=kind, positions=positions)
+    return MASKINGS[kind](rollout(prompt, seed, other), options)
+
+
 def test_half_keeps_half_of_the_video_and_every_position(prompts):
     for prompt in prompts:
-        halved = MASKINGS["half"](prompt, generator=torch.Generator().manual_seed(1))
+        halved = masked("half", prompt)
         n = int(prompt.visual.sum())
-        assert halved.kept.shape == (n,) and int(halved.kept.sum()) == n // 2 == int(halved.visual.sum())
-        stays = ~prompt.visual
-        stays[prompt.visual.nonzero()[:, 0][halved.kept]] = True            # all text, and these of the video
-        assert torch.equal(halved.ids, prompt.ids[stays]) and torch.equal(halved.positions, prompt.positions[:, stays])
+        assert halved.kept.shape == (n,)
+        assert int(halved.kept.sum()) == n // 2 == int(halved.visual.sum())
+        stays = ~prompt.visual                                      # all text, and of the video:
+        stays[prompt.visual.nonzero()[:, 0][halved.kept]] = True
+        assert torch.equal(halved.ids, prompt.ids[stays])
+        assert torch.equal(halved.positions, prompt.positions[:, stays])
         assert halved.next_position == prompt.next_position
-        again, other = (MASKINGS["half"](prompt, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-        assert torch.equal(again.kept, halved.kept) and not torch.equal(other.kept, halved.kept)
+        assert torch.equal(masked("half", prompt).kept, halved.kept)
+        assert not torch.equal(masked("half", prompt, seed=2).kept, halved.kept)
 
 
 def plain_logp(plain, prompt, ids, visible=None, features=None):
-    """(n,) of a completion under the library's own model, at this project's positions, with a mask over the prompt's
-    tokens, or with other features in place of the video's."""
+    """(n,) of a completion under the library's own model, at this project's positions, with a mask
+    over the prompt's tokens, or with other features in place of the video's."""
     inputs, n = plain_inputs(prompt, ids), len(ids)
     length = len(prompt.ids) + n
     sees = torch.ones(length, length).tril().bool()
     if visible is not None:
         sees[:, :len(prompt.ids)] &= visible
-    sees |= torch.eye(length).bool()                                        # the hidden tokens' own rows must not be empty
+    sees |= torch.eye(length).bool()            # the hidden tokens' own rows must not be empty
     embeds = plain.get_input_embeddings()(inputs["input_ids"])
     if features is None:
-        features = plain.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"]).pooler_output
+        pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        features = plain.model.visual(pixels, grid_thw=grid).pooler_output
     embeds[0, :len(prompt.ids)][prompt.visual] = features
-    positions = torch.cat([prompt.positions, (prompt.next_position + torch.arange(n)).expand(3, -1)], 1)[:, None]
-    states = plain.model.language_model(inputs_embeds=embeds, position_ids=positions,
-                                        attention_mask={"full_attention": sees[None, None]}).last_hidden_state
+    following = (prompt.next_position + torch.arange(n)).expand(3, -1)
+    states = plain.model.language_model(
+        inputs_embeds=embeds, position_ids=torch.cat([prompt.positions, following], 1)[:, None],
+        attention_mask={"full_attention": sees[None, None]}).last_hidden_state
     logp = plain.lm_head(states)[0, len(prompt.ids) - 1:-1].log_softmax(-1)
     return logp.gather(-1, ids[:, None])[:, 0]
 
 
 @torch.no_grad()
 def test_half_and_zero_equal_the_plain_forward(tiny, plain, prompts):
-    """Thinning gives what hiding those tokens from every query gives; blanking what features of zeros give."""
-    prompt, ids = prompts[0], torch.randint(9, 40, (2, 6), generator=torch.Generator().manual_seed(0))
-    halved = MASKINGS["half"](prompt, generator=torch.Generator().manual_seed(1))
+    """Thinning gives what hiding those tokens from every query gives; blanking, what features of
+    zeros give."""
+    model, prompt = tiny[0], prompts[0]
+    ids = torch.randint(9, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    halved, zeroed = masked("half", prompt), masked("zero", prompt)
     visible = torch.ones(len(prompt.ids)).bool()
     visible[prompt.visual] = halved.kept
-    zeroed = MASKINGS["zero"](prompt)
+    nothing = torch.zeros(int(prompt.visual.sum()), plain.config.text_config.hidden_size)
     for row in ids:
         whole = plain_logp(plain, prompt, row)
-        half = plain_logp(plain, prompt, row, visible)
-        zero = plain_logp(plain, prompt, row, features=torch.zeros(int(prompt.visual.sum()), plain.config.text_config.hidden_size))
-        assert torch.allclose(score(tiny[0], prompt, row[None])[0][0], whole, atol=1e-5)
-        assert torch.allclose(score(tiny[0], halved, row[None])[0][0], half, atol=1e-5) and (half - whole).abs().max() > 1e-3
-        assert torch.allclose(score(tiny[0], zeroed, row[None])[0][0], zero, atol=1e-5) and (zero - whole).abs().max() > 1e-3
+        assert torch.allclose(score(model, prompt, row[None])[0][0], whole, atol=1e-5)
+        for shown, want in ((halved, plain_logp(plain, prompt, row, visible)),
+                            (zeroed, plain_logp(plain, prompt, row, features=nothing))):
+            assert torch.allclose(score(model, shown, row[None])[0][0], want, atol=1e-5)
+            assert (want - whole).abs().max() > 1e-3
 
 
 def test_replacing_shows_the_other_clip_in_this_ones_shape(prompts):
     clip, image = prompts[0], prompts[3]
     shades = torch.tensor([10, 100, 200], dtype=torch.uint8)
-    other = shades[:, None, None, None].expand(3, 3, 28, 84).contiguous()   # three plain frames of another size
-    shown = MASKINGS["replace"](clip, other=other)
-    assert shown.frames.shape == clip.frames.shape == (8, 3, 56, 56) and shown.frames.dtype == torch.uint8
+    other = shades[:, None, None, None].expand(3, 3, 28, 84).contiguous()   # of another size
+    shown = masked("replace", clip, other=other)
+    assert shown.frames.shape == clip.frames.shape == (8, 3, 56, 56)
+    assert shown.frames.dtype == torch.uint8
     # eight frames over 0..2 in steps of 2/7: 0, 0.29, 0.57, 0.86, 1.14, 1.43, 1.71, 2
-    assert [frame.unique().tolist() for frame in shown.frames] == [[10], [10], [100], [100], [100], [100], [200], [200]]
-    assert torch.equal(shown.ids, clip.ids) and torch.equal(shown.positions, clip.positions) and shown.grid == clip.grid
-    assert torch.equal(MASKINGS["replace"](clip, other=prompts[1].frames).frames, prompts[1].frames)    # of the same shape
-    assert torch.equal(MASKINGS["replace"](image, other=prompts[1].frames).frames, prompts[1].frames[:1])
+    seen = [frame.unique().tolist() for frame in shown.frames]
+    assert seen == [[10], [10], [100], [100], [100], [100], [200], [200]]
+    assert torch.equal(shown.ids, clip.ids) and torch.equal(shown.positions, clip.positions)
+    assert shown.grid == clip.grid
+    frames = prompts[1].frames                                              # of the same shape
+    assert torch.equal(masked("replace", clip, other=frames).frames, frames)
+    assert torch.equal(masked("replace", image, other=frames).frames, frames[:1])
 
 
 def test_hide_and_zero_are_the_prompts_own(prompts):
     for positions in ("unchanged", "moved"):
-        hidden, want = MASKINGS["hide"](prompts[0], positions=positions, other=None), prompts[0].hidden(positions)
-        assert hidden.frames is None and torch.equal(hidden.ids, want.ids) and torch.equal(hidden.positions, want.positions)
-    zeroed = MASKINGS["zero"](prompts[0], positions="unchanged")
-    assert zeroed.blank and torch.equal(zeroed.ids, prompts[0].ids) and torch.equal(zeroed.frames, prompts[0].frames)
+        hidden = masked("hide", prompts[0], positions=positions)
+        want = prompts[0].hidden(positions)
+        assert hidden.frames is None and torch.equal(hidden.ids, want.ids)
+        assert torch.equal(hidden.positions, want.positions)
+    zeroed = masked("zero", prompts[0])
+    assert zeroed.blank and torch.equal(zeroed.ids, prompts[0].ids)
+    assert torch.equal(zeroed.frames, prompts[0].frames)
 
 
 # -------------------------------------------------------------------------------------------- order
@@ -145,12 +185,200 @@ def test_an_order_is_a_permutation_and_never_the_identity(name, n):
 def test_reverse_and_blocks_by_hand():
     generator = torch.Generator().manual_seed(0)
     assert ORDERS["reverse"](5, generator).tolist() == [4, 3, 2, 1, 0]
-    assert blocks(6, generator).tolist() == [4, 5, 0, 1, 2, 3]              # two blocks: one other order
+    assert blocks(6, generator).tolist() == [4, 5, 0, 1, 2, 3]      # two blocks: one other order
     seen = set()
     for _ in range(60):
         order = blocks(14, generator).tolist()
-        parts = [list(range(14))[i:i + 4] for i in (0, 4, 8, 12)]           # the last holds two frames
+        parts = [list(range(14))[i:i + 4] for i in (0, 4, 8, 12)]   # the last holds two frames
         starts = sorted(range(4), key=lambda i: order.index(4 * i))
         assert order == [frame for i in starts for frame in parts[i]]
         seen.add(tuple(starts))
     assert len(seen) > 10 and (0, 1, 2, 3) not in seen
+
+
+# ------------------------------------------------------------------------------------- soft weights
+# padding holds the extremes, and must not count
+SCORES = torch.tensor([[1.0, 2.0, 99.0], [3.0, 4.0, -99.0]])
+VALID = torch.tensor([[True, True, False], [True, True, False]])
+Z = [(x - 2.5) / math.sqrt(1.25) for x in (1, 2, 3, 4)]     # mean 2.5, variance (2.25 + 0.25) / 2
+
+
+@pytest.mark.parametrize("weighting, want", {
+    "linear": [0, 1 / 3, 2 / 3, 1],
+    "exponential": [math.exp(-1), math.exp(-2 / 3), math.exp(-1 / 3), 1],
+    "spread": [1, 1 + 0.7 / 3, 1 + 1.4 / 3, 1.7],
+    "sigmoid": [1 / (1 + math.exp(-z)) for z in Z],                     # 0.207 0.390 0.610 0.793
+    "softmax": [4 * math.exp(z) / sum(map(math.exp, Z)) for z in Z],    # their mean is 1
+}.items())
+def test_weightings_by_hand(weighting, want):
+    weights = WEIGHTINGS[weighting](SCORES, VALID)
+    assert weights[VALID].tolist() == pytest.approx(want, abs=1e-5)
+    soft = soften({"one": SCORES}, VALID, weighting)
+    assert soft[VALID].tolist() == pytest.approx(want, abs=1e-5) and (soft[~VALID] == 0).all()
+
+
+def test_every_weighting_is_tried_and_equal_scores_are_no_division_by_zero():
+    equal = {"linear": 0, "exponential": math.exp(-1), "spread": 1, "sigmoid": 0.5, "softmax": 1}
+    assert set(equal) == set(WEIGHTINGS)
+    for weighting, value in equal.items():
+        weights = WEIGHTINGS[weighting](torch.full((2, 3), 5.0), VALID)
+        assert weights[VALID].tolist() == pytest.approx([value] * 4)
+
+
+def test_soften_takes_the_largest_weight_of_any_signal():
+    signals = {"rising": SCORES, "falling": -SCORES}
+    soft = soften(signals, VALID, "linear")
+    assert soft[VALID].tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1])
+    none = soften({}, VALID, "linear")
+    assert none.shape == VALID.shape and not none.any()
+    assert SCORES[0, 2] == 99                                   # the scores are untouched
+
+
+def test_weights_take_the_place_of_the_mask(tiny, prompts):
+    r = rollout(prompts[0], G=2)
+    r.entropy = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    r.logp = torch.zeros(2, 2)
+    attribute([r], Options(signals=["entropy"], weighting="linear", ratio=0.25), tiny[0])
+    assert r.key_mask.flatten().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert r.chosen["entropy"].tolist() == [[False, False], [False, True]]      # still logged
+
+
+# ------------------------------------------------------------------------------------------- spread
+def spread_by_loops(states, head, valid):
+    """sum_v (e^d - d - 1) averaged over the group, d = mean log-probability - log-probability
+    within +-11."""
+    G, T, V = *valid.shape, len(head)
+    values = []
+    for t in range(T):
+        rows = []
+        for g in range(G):
+            logp = F.linear(states[g, t], head).log_softmax(-1).tolist()
+            rows.append(logp if valid[g, t] else [-math.log(V)] * V)
+        total = 0.0
+        for g in range(G):
+            for v in range(V):
+                mean = sum(row[v] for row in rows) / G
+                d = max(-11.0, min(11.0, mean - rows[g][v]))
+                total += math.exp(d) - d - 1
+        values.append(total / G)
+    return values
+
+
+@pytest.mark.parametrize("size", [1.0, 25.0])                   # with 25 some differences exceed 11
+def test_spread_equals_plain_loops(prompts, size):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 18, 4, generator=generator, dtype=torch.float64)
+    head = size * torch.randn(7, 4, generator=generator).double()
+    valid = torch.arange(18) < torch.tensor([[18], [5], [17]])  # more than one chunk of 16
+    r = Rollout(prompts[0], Group(torch.zeros(3, 18).long(), valid), 0)
+    r.states = lambda: (states, head)
+    scores, want = SIGNALS["spread"](r, Options()), spread_by_loops(states, head, valid)
+    assert scores.shape == (3, 18)
+    assert all(torch.allclose(row, torch.tensor(want), rtol=1e-3, atol=1e-5) for row in scores)
+    same = Rollout(prompts[0], Group(torch.zeros(3, 18).long(), torch.ones_like(valid)), 0)
+    same.states = lambda: (states[:1].expand(3, -1, -1), head)
+    assert SIGNALS["spread"](same, Options()).abs().max() < 1e-4    # all predict the same
+
+
+def test_spread_is_given_the_states_that_predict(tiny, prompts):
+    model = tiny[0]
+    (group,) = sample(model, prompts[:1], 4, 12, seeds=[3], ends=[2, 20, 30, 40])
+    r = Rollout(prompts[0], group, 0)
+    r.logp, r.entropy = (x.detach() for x in score(model, prompts[0], group))
+    attribute([r], Options(signals=["spread"]), model)
+    states, head = predicting_states(model, prompts[0], group)
+    want = spread_by_loops(states, head, group.valid)
+    assert r.scores["spread"][0].tolist() == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def test_predicting_states_are_those_of_the_scores(tiny, prompts):
+    model, processor = tiny
+    (group,) = sample(model, prompts[:1], 4, 12, seeds=[3], ends=[2, 20, 30, 40])
+    assert len(set(group.lengths)) > 1
+    states, head = predicting_states(model, prompts[0], group)
+    logp = F.linear(states, head).log_softmax(-1).gather(-1, group.ids[..., None])[..., 0]
+    want = score(model, prompts[0], group)[0]
+    assert torch.allclose(logp[group.valid], want[group.valid], atol=1e-5)
+    assert not states.requires_grad and (states[~group.valid] == 0).all()
+
+
+# -------------------------------------------------------------------------------------------- order
+@pytest.mark.parametrize("factor, helped", [
+    (1.0, [True, False, True]), (0.8, [True, True, True]), (2.5, [False, False, False])])
+def test_the_bonus_goes_to_correct_completions_where_order_helps(prompts, monkeypatch, factor,
+                                                                 helped):
+    ordered = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0.4, 0], [0.5, 0, 0, 0.1]])  # 0.5, 0.6, 0.15
+    blind = torch.tensor([[1.0, 0.0], [0.75, 0.75], [0.15, 0.15]])      # 0.5, 0.75, 0.15 (a tie)
+    asked, answers = [], iter(blind)
+
+    def sampled(model, shown, G, limit, *, temperature, top_p, top_k, seeds):
+        asked.append((shown, G, limit, temperature, top_p, top_k, seeds))
+        return [Group(torch.zeros(G, 1), torch.ones(G, 1)) for _ in shown]
+
+    monkeypatch.setattr(ablations, "sample", sampled)
+    o = Options(G=4, ordered_bonus=0.3, ordered_factor=factor, max_new_tokens=9, temperature=0.7,
+                top_p=0.9, top_k=5)
+    clips, image = prompts[:3], prompts[3]
+    still = clips[0].showing(clips[0].frames[:1])               # one frame has no order either
+    shown = [clips[0], image, clips[1], still, clips[2]]
+    accuracies = [ordered[0], torch.ones(4), ordered[1], torch.ones(4), ordered[2]]
+    rollouts = []
+    for i, (prompt, accuracy) in enumerate(zip(shown, accuracies)):
+        rollouts.append(rollout(prompt, seed=10 * i))
+        rollouts[-1].accuracy = accuracy
+    got = ordered_bonus(rollouts, o, None, lambda group, record: (next(answers), torch.ones(2)))
+
+    correct = torch.tensor([[1.0, 1, 0, 0], [1.0, 1, 1, 0], [1.0, 0, 0, 0]])    # more than 0.1
+    want = [torch.zeros(4) for _ in shown]
+    for i, clip in enumerate((0, 2, 4)):
+        want[clip] = 0.3 * correct[i] * helped[i]
+    assert len(got) == 5 and all(torch.allclose(a, b) for a, b in zip(got, want))
+    (seen, G, *settings, seeds), = asked        # all clips together, half as many completions
+    assert G == 2 and settings == [9, 0.7, 0.9, 5]
+    assert seeds == [1, 21, 41]                 # not the random numbers of the ordered group
+    for prompt, clip in zip(seen, clips, strict=True):
+        assert not torch.equal(prompt.frames, clip.frames) and torch.equal(prompt.ids, clip.ids)
+        frames = [sorted(map(str, x.frames.tolist())) for x in (prompt, clip)]
+        assert frames[0] == frames[1]           # the same frames
+
+
+def test_no_bonus_unless_asked_for_and_none_for_images(prompts, monkeypatch):
+    def never(*_, **__):
+        pytest.fail("nothing has to be sampled")
+
+    monkeypatch.setattr(ablations, "sample", never)
+    for prompt, bonus in ((prompts[0], 0.0), (prompts[3], 0.3)):
+        r = rollout(prompt)
+        r.accuracy = torch.ones(4)
+        (none,) = ordered_bonus([r], Options(G=4, ordered_bonus=bonus), None, never)
+        assert none.tolist() == [0, 0, 0, 0]
+
+
+def test_the_bonus_is_part_of_the_reward(prompts):
+    o = Options(G=3, length_low=2, length_high=3)
+    valid = torch.arange(4) < torch.tensor([[3], [4], [2]])
+    r = Rollout(prompts[0], Group(torch.zeros(3, 4), valid), 0)
+    r.accuracy, r.format = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
+    r.ordered, r.key_mask = torch.tensor([0.3, 0.3, 0.0]), torch.ones(3, 4)
+    ktr.reward(o, r)
+    # 1 + 1 + 0.2 + 0.3; 1 + 0.3, too long; 1
+    assert r.rewards.tolist() == pytest.approx([2.5, 1.3, 1.0])
+    assert r.bonus.tolist() == pytest.approx([0.2, 0, 0])
+    deviation = torch.tensor([2.5, 1.3, 1.0]).std().item()
+    want = [(x - 1.6) / (deviation + 1e-4) for x in (2.5, 1.3, 1.0)]
+    assert r.advantages.tolist() == pytest.approx(want)
+
+
+def test_the_length_bonus_may_count_selected_tokens(prompts):
+    """--length_of selected, the release's slip: rows of 3 and 4 tokens have 1 and 2 selected."""
+    valid = torch.arange(4) < torch.tensor([[3], [4]])
+    key = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    earned = []
+    for what in ("response", "selected"):
+        o = Options(G=2, length_low=2, length_high=3, length_of=what)
+        r = Rollout(prompts[0], Group(torch.zeros(2, 4), valid), 0)
+        r.accuracy, r.format, r.ordered = torch.ones(2), torch.zeros(2), torch.zeros(2)
+        r.key_mask = key
+        ktr.reward(o, r)
+        earned.append(r.bonus.tolist())
+    assert earned == [pytest.approx([0.2, 0]), pytest.approx([0, 0.2])]

@@ -1,3 +1,5 @@
+"""Attribution: shift and selection by hand, and what each signal asks the model for."""
+
 import itertools
 import math
 
@@ -5,10 +7,13 @@ import pytest
 import torch
 
 import attribution
-from attribution import Rollout, attribute, select, shift, top_tokens
 from ablations import shuffled
+from attribution import SIGNALS, Rollout, attribute, select, shift, top_tokens
+from policy import Group, score, score_groups
+from run.options import Options
 
 
+# ------------------------------------------------------------------------------ shift and selection
 def test_shift_by_hand():
     logp, other = torch.tensor([[-1.0, -2.0, -0.5]]), torch.tensor([[-3.0, -1.0, -0.5]])
     assert shift(logp, other).tolist() == [[2.0, 1.0, 0.0]]
@@ -19,19 +24,24 @@ def test_shift_by_hand():
 
 def test_top_tokens_by_hand():
     scores = torch.tensor([[5.0, 1.0, 9.0], [7.0, 8.0, 2.0]])
-    valid = torch.tensor([[True, True, False], [True, True, True]])         # the best score is padding
-    assert top_tokens(scores, valid, 0.4).tolist() == [[False, False, False], [True, True, False]]
-    assert top_tokens(scores, valid, 0.5, "response").tolist() == [[True, False, False], [True, True, False]]
+    valid = torch.tensor([[True, True, False], [True, True, True]])     # the best one is padding
+    group, response = top_tokens(scores, valid, 0.4), top_tokens(scores, valid, 0.5, "response")
+    assert group.tolist() == [[False, False, False], [True, True, False]]
+    assert response.tolist() == [[True, False, False], [True, True, False]]
 
 
 def test_ties_go_to_the_earlier_token():
     scores, valid = torch.ones(2, 5), torch.ones(2, 5).bool()
     assert top_tokens(scores, valid, 0.3).nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
-    assert top_tokens(scores, valid, 0.2, "response").nonzero().tolist() == [[0, 0], [1, 0]]
-    assert top_tokens(scores, valid, 0.3, ties="threshold").all()           # the released code's >=
+    each = top_tokens(scores, valid, 0.2, "response")
+    assert each.nonzero().tolist() == [[0, 0], [1, 0]]
+    assert top_tokens(scores, valid, 0.3, ties="threshold").all()       # the released code's >=
 
 
-@pytest.mark.parametrize("ratio, n", list(itertools.product([0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0], [0, 1, 3, 10, 15, 29, 30])))
+RATIOS, COUNTS = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0], [0, 1, 3, 10, 15, 29, 30]
+
+
+@pytest.mark.parametrize("ratio, n", list(itertools.product(RATIOS, COUNTS)))
 def test_exactly_the_ceiling(ratio, n):
     valid = (torch.arange(36) < n).view(4, 9)
     chosen = top_tokens(torch.randn(4, 9), valid, ratio)
@@ -41,13 +51,33 @@ def test_exactly_the_ceiling(ratio, n):
 def test_against_brute_force():
     torch.manual_seed(0)
     for _ in range(50):
-        scores = torch.randint(0, 4, (3, 6)).float()                        # many ties
+        scores = torch.randint(0, 4, (3, 6)).float()                    # many ties
         valid = torch.rand(3, 6) < 0.7
-        order = sorted(((-scores[g, t].item(), g, t) for g in range(3) for t in range(6) if valid[g, t]))
+        places = valid.nonzero().tolist()
+        order = sorted((-scores[g, t].item(), g, t) for g, t in places)
         want = torch.zeros(3, 6).bool()
         for _, g, t in order[:math.ceil(0.25 * len(order))]:
             want[g, t] = True
         assert torch.equal(top_tokens(scores, valid, 0.25), want)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("pool", ["group", "response"])
+def test_a_threshold_is_torchs_quantile(ratio, pool):
+    """As the released code has it. Where (1 - ratio)(n - 1) is whole in exact arithmetic, rounding
+    decides about the token at the threshold: it must be decided as torch.quantile does."""
+    torch.manual_seed(0)
+    for n in (1, 2, 5, 6, 10, 11, 21, 41, 101):
+        for scores in (torch.randn(2, n), torch.randint(0, 4, (2, n)).float()):
+            valid = torch.rand(2, n) < 0.8
+            want = torch.zeros(2, n).bool()
+            pools = [valid] if pool == "group" else [valid & (torch.arange(2) == g)[:, None]
+                                                     for g in range(2)]
+            for members in pools:
+                if members.any():
+                    threshold = torch.quantile(scores[members], 1 - ratio)
+                    want |= members & (scores >= threshold)
+            assert torch.equal(top_tokens(scores, valid, ratio, pool, "threshold"), want)
 
 
 def test_inputs_are_untouched_and_bad_ones_refused():
@@ -55,14 +85,15 @@ def test_inputs_are_untouched_and_bad_ones_refused():
     before = scores.clone()
     top_tokens(scores, valid, 0.5)
     assert torch.equal(scores, before) and valid.all()
-    for bad in ({"ratio": 1.5}, {"ratio": -0.1}, {"ratio": 0.5, "pool": "batch"}, {"ratio": 0.5, "ties": "late"}):
+    for bad in ({"ratio": 1.5}, {"ratio": -0.1}, {"ratio": 0.5, "pool": "batch"},
+                {"ratio": 0.5, "ties": "late"}):
         with pytest.raises(ValueError):
             top_tokens(scores, valid, **bad)
     scores[1, 1] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         top_tokens(scores, valid, 0.5)
     valid[1, 1] = False
-    top_tokens(scores, valid, 0.5)                                          # NaN at padding does not matter
+    top_tokens(scores, valid, 0.5)                                      # padding does not matter
 
 
 def test_select_is_the_union():
@@ -76,61 +107,146 @@ def test_select_is_the_union():
 def test_shuffled_is_never_the_identity():
     for n in (2, 3, 8):
         for seed in range(60):
-            order = shuffled(n, torch.Generator().manual_seed(seed))
-            assert sorted(order.tolist()) == list(range(n)) and order.tolist() != list(range(n))
+            order = shuffled(n, torch.Generator().manual_seed(seed)).tolist()
+            assert sorted(order) == list(range(n)) and order != list(range(n))
 
 
-def rollout(prompt, **more):
-    valid = torch.ones(2, 3).bool()
-    return Rollout(prompt, torch.zeros(2, 3).long(), valid, -torch.rand(2, 3), torch.rand(2, 3),
-                   torch.Generator().manual_seed(0), **more)
+# ------------------------------------------------------------------------------------------ signals
+def rollout(prompt, seed=0):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(9, 40, (2, 3), generator=generator)
+    r = Rollout(prompt, Group(ids, torch.tensor([[True, True, True], [True, True, False]])), seed)
+    r.logp = -torch.rand(2, 3, generator=generator).masked_fill(~r.group.valid, 0)
+    r.entropy = torch.rand(2, 3, generator=generator).masked_fill(~r.group.valid, 0)
+    return r
 
 
-def test_signals_ask_for_the_right_counterfactual(prompts):
+@pytest.fixture
+def asked(monkeypatch):
+    """What the model is asked for, in calls of `score_groups`; every answer is logp = -2."""
+    calls = []
+
+    def answer(model, prompts, groups):
+        calls.append(list(zip(prompts, groups)))
+        return [(torch.full(group.ids.shape, -2.0), None) for group in groups]
+
+    monkeypatch.setattr(attribution, "score_groups", answer)
+    return calls
+
+
+def same_frames(a, b):
+    return sorted(map(str, a.frames.tolist())) == sorted(map(str, b.frames.tolist()))
+
+
+def test_signals_ask_for_the_right_counterfactual(tiny, prompts, asked):
     clip, image = prompts[0], prompts[3]
-    asked = []
-
-    def moved(numbers, changed):
-        asked.append(list(zip(numbers, changed)))
-        return [torch.full((2, 3), 2.0) for _ in numbers]
-
     rollouts = [rollout(clip), rollout(image)]
-    scores = attribute(rollouts, ["visual", "temporal", "entropy", "random"], moved)
-    (visual, temporal) = asked                                              # one call per signal, all rollouts together
-    assert [i for i, _ in visual] == [0, 1] and [i for i, _ in temporal] == [0]
-    assert visual[0][1].frames is None and not visual[0][1].visual.any()
-    assert not torch.equal(temporal[0][1].frames, clip.frames)
-    assert sorted(map(str, temporal[0][1].frames.tolist())) == sorted(map(str, clip.frames.tolist()))   # the same frames
-    assert "temporal" not in scores[1] and set(scores[0]) == {"visual", "temporal", "entropy", "random"}
-    assert (scores[0]["visual"] == 2).all() and (scores[0]["temporal"] == 2).all()
-    assert torch.equal(scores[0]["entropy"], rollouts[0].entropy)
+    options = Options(signals=["visual", "temporal", "entropy", "random"])
+    attribute(rollouts, options, tiny[0])
+    (visual, temporal) = asked                  # one call per signal, all its rollouts together
+    assert [group for _, group in visual] == [r.group for r in rollouts]
+    assert [group for _, group in temporal] == [rollouts[0].group]
+    assert visual[0][0].frames is None and not visual[0][0].visual.any()
+    assert not torch.equal(temporal[0][0].frames, clip.frames)
+    assert same_frames(temporal[0][0], clip)
+    first, second = rollouts
+    assert list(first.scores) == list(first.chosen) == options.signals
+    assert list(second.scores) == ["visual", "entropy", "random"]
+    want = (first.logp + 2).abs()
+    assert torch.equal(first.scores["visual"], want) and torch.equal(first.scores["temporal"], want)
+    assert torch.equal(first.scores["entropy"], first.entropy)
 
 
-def test_masking_options(prompts):
-    asked = []
+def test_the_mask_is_the_union_of_each_ones_top_tokens(tiny, prompts, asked):
+    options = Options(ratio=0.4, shift="signed")
+    r = rollout(prompts[0])
+    attribute([r], options, tiny[0])
+    assert torch.equal(r.scores["visual"], r.logp + 2)
+    for name, chosen in r.chosen.items():
+        assert torch.equal(chosen, top_tokens(r.scores[name], r.group.valid, 0.4))
+    assert torch.equal(r.key_mask, select(r.scores, r.group.valid, options.ratios))
+    assert 2 <= r.key_mask.sum() <= 5 and r.key_mask.dtype == torch.bool
 
-    def moved(numbers, changed):
-        asked.extend(changed)
-        return [torch.zeros(2, 3)] * len(numbers)
 
-    attribute([rollout(prompts[0], masking="zero")], ["visual"], moved)
-    attribute([rollout(prompts[0], positions="moved")], ["visual"], moved)
-    zeroed, other = asked
+def test_masking_and_order_options(tiny, prompts, asked):
+    attribute([rollout(prompts[0])], Options(masking="zero", signals=["visual"]), tiny[0])
+    attribute([rollout(prompts[0])], Options(positions="moved", signals=["visual"]), tiny[0])
+    attribute([rollout(prompts[0])], Options(order="reverse", signals=["temporal"]), tiny[0])
+    zeroed, moved, reverse = [call[0][0] for call in asked]
     assert zeroed.blank and torch.equal(zeroed.ids, prompts[0].ids)
-    assert other.positions[0].tolist() == list(range(len(other.ids)))
+    assert moved.positions[0].tolist() == list(range(len(moved.ids)))
+    assert torch.equal(reverse.frames, prompts[0].frames.flip(0))
 
 
-def test_random_is_reproducible_and_everything_is_all(prompts):
-    a, b = (attribute([rollout(prompts[0])], ["random", "all"], None)[0] for _ in range(2))
-    assert torch.equal(a["random"], b["random"]) and top_tokens(a["all"], torch.ones(2, 3).bool(), 1.0).all()
+def test_real_scores_are_differences_of_real_log_probabilities(tiny, prompts):
+    """Equation 2 and 3 with the model: the plain scores of the changed prompts, subtracted."""
+    model, r = tiny[0], rollout(prompts[0])
+    r.logp, r.entropy = (x.detach() for x in score(model, prompts[0], r.group))
+    attribute([r], Options(order="reverse"), model)
+    for name, changed in (("visual", prompts[0].hidden()),
+                          ("temporal", prompts[0].reordered(torch.arange(8).flip(0)))):
+        with torch.no_grad():
+            other, _ = score(model, changed, r.group)
+        assert torch.allclose(r.scores[name], (r.logp - other).abs(), atol=1e-5)
+        assert r.scores[name].max() > 1e-3 and (r.scores[name][~r.group.valid] == 0).all()
+        assert not r.scores[name].requires_grad
 
 
-def test_a_signal_may_ask_more_than_once(prompts, monkeypatch):
-    def twice(r):
-        first = yield r.prompt.hidden()
-        second = yield r.prompt.zeroed()
-        return first + second
+def test_chance_belongs_to_the_seed_and_everything_is_all(tiny, prompts):
+    options = Options(signals=["random", "all"])
+    a, b, c = rollout(prompts[0]), rollout(prompts[0]), rollout(prompts[0], seed=2)
+    attribute([a, b, c], options, tiny[0])
+    assert torch.equal(a.scores["random"], b.scores["random"])
+    assert not torch.equal(a.scores["random"], c.scores["random"])
+    assert torch.equal(a.key_mask, a.group.valid)               # plain GRPO
+    assert a.chosen["random"].sum() == 1
 
-    monkeypatch.setitem(attribution.SIGNALS, "twice", twice)
-    scores = attribute([rollout(prompts[0])], ["twice"], lambda numbers, changed: [torch.zeros(2, 3)] * len(numbers))
-    assert scores[0]["twice"].shape == (2, 3)
+
+def test_a_prompt_that_no_signal_applies_to_has_no_key_token(tiny, prompts, asked):
+    r = rollout(prompts[3])
+    attribute([r], Options(signals=["temporal"]), tiny[0])
+    assert not asked and r.scores == {} and not r.key_mask.any()
+
+
+def test_a_rule_of_ones_own(tiny, prompts, asked, monkeypatch):
+    """A fork adds a function and a line: scores of its own, a changed prompt, or None."""
+    late = torch.arange(3.0).expand(2, 3)
+    monkeypatch.setitem(SIGNALS, "late", lambda r, o: late)
+    monkeypatch.setitem(SIGNALS, "last_frames", lambda r, o: r.prompt.showing(
+        r.prompt.frames[-1:].expand_as(r.prompt.frames)))
+    monkeypatch.setitem(SIGNALS, "never", lambda r, o: None)
+    r = rollout(prompts[0])
+    attribute([r], Options(signals=["late", "last_frames", "never"]), tiny[0])
+    assert torch.equal(r.scores["late"], late) and list(r.scores) == ["late", "last_frames"]
+    assert len(asked) == 1 and len(asked[0][0][0].frames.unique(dim=0)) == 1
+    assert r.chosen["late"].tolist() == [[False, False, True], [False, False, False]]
+
+
+def test_scores_that_are_nan_do_not_stop_the_choice(tiny, prompts, monkeypatch):
+    """The loss is NaN with them, and the step is skipped: see ktr.py."""
+    monkeypatch.setitem(SIGNALS, "broken", lambda r, o: torch.full((2, 3), float("nan")))
+    r = rollout(prompts[0])
+    attribute([r], Options(signals=["broken"]), tiny[0])
+    assert (r.scores["broken"] == 0).all() and r.chosen["broken"].sum() == 1
+
+
+def test_distances_of_distributions_take_the_place_of_shifts(tiny, prompts):
+    """--distance: the whole distribution's move, here KL(p || q), against full distributions."""
+    model, r = tiny[0], rollout(prompts[0])
+    attribute([r], Options(distance="kl", signals=["visual"]), model)
+    with torch.no_grad():
+        for g, n in enumerate(r.group.lengths):
+            full = []
+            for prompt in (prompts[0], prompts[0].hidden()):
+                words = torch.arange(model.config.text_config.vocab_size)
+                rows = []
+                for t in range(n):              # every word in place of token t
+                    ids = r.group.ids[g, :t + 1].repeat(len(words), 1)
+                    ids[:, t] = words
+                    group = Group(ids, torch.ones_like(ids).bool())
+                    ((logp, _),) = score_groups(model, [prompt], [group])
+                    rows.append(logp[:, t])
+                full.append(torch.stack(rows))
+            p, q = full
+            want = (p.exp() * (p - q)).sum(-1)
+            assert torch.allclose(r.scores["visual"][g, :n], want, atol=1e-4) and want.max() > 1e-3

@@ -1,33 +1,65 @@
 import json
+import multiprocessing
+import os
+import runpy
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
-from PIL import Image
+from faulty import Faulty, abort
+from PIL import Image, PngImagePlugin
 
+import data
+from data import (BadRecord, Limits, Prompts, Skipped, check_record, frame_indices, load_media,
+                  loader, read_image, read_json, read_records, read_video)
 from lab import toy
-from data import (BadRecord, Limits, Prompts, Skipped, check_record, frame_indices, load_media, loader, read_json,
-                  read_records, read_video)
-from prompt import Prompt
+from prompt import Prompt, Vision, name_of
 
-GOOD = {"problem_id": 7, "problem": "Which?", "data_type": "video", "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+GOOD = {"problem_id": 7, "problem": "Which?", "data_type": "video",
+        "problem_type": "multiple choice", "options": ["A. x", "B. y"],
         "solution": "<answer>B</answer>", "path": "./clips/a.y4m", "data_source": ""}
+HALF = "\ud800"                                         # half a character: no UTF-8 can say it
 
 
+# ------------------------------------------------------------------------------------------ records
 @pytest.mark.parametrize("change, says", [
-    ({"problem": ""}, "'problem'"), ({"problem": None}, "'problem'"), ({"solution": 3}, "'solution'"), ({"path": None}, "'path'"),
-    ({"data_type": "audio"}, "audio"), ({"problem_type": "essay"}, "essay"), ({"problem_type": None}, "problem_type"),
-    ({"options": "A. x"}, "options"), ({"options": [1, 2]}, "options"), ({"options": []}, "fewer than two"),
-    ({"options": ["A. x"]}, "fewer than two"), ({"options": None}, "fewer than two"),
+    ({"problem": ""}, "'problem'"), ({"problem": None}, "'problem'"),
+    ({"solution": 3}, "'solution'"), ({"path": None}, "'path'"),
+    ({"data_type": "audio"}, "audio"), ({"data_type": []}, "data_type"),
+    ({"problem_type": "essay"}, "essay"), ({"problem_type": None}, "problem_type"),
+    ({"options": "A. x"}, "options"), ({"options": [1, 2]}, "options"),
+    ({"options": [["A. x"], ["B. y"]]}, "options"), ({"options": {"A": "x"}}, "options"),
+    ({"options": []}, "with 0 options"), ({"options": ["A. x"]}, "with 1 options"),
+    ({"options": None}, "with 0 options"), ({"options": ["x"] * 27}, "with 27 options"),
     ({"solution": "B"}, "<answer>"), ({"solution": "<answer></answer>"}, "<answer>"),
-    ({"path": "../secret.mp4"}, "leaves"), ({"path": "./a/../../b.mp4"}, "leaves"), ({"path": "/etc/passwd"}, "leaves"),
+    ({"path": "../secret.mp4"}, "leaves"), ({"path": "./a/../../b.mp4"}, "leaves"),
+    ({"path": "/etc/passwd"}, "leaves"), ({"path": "a\0b.mp4"}, "leaves"),
+    ({"problem": HALF}, "surrogate"), ({"options": ["A. x", HALF]}, "surrogate"),
+    ({"solution": f"<answer>{HALF}</answer>"}, "surrogate"), ({"path": HALF}, "surrogate"),
+    ({"whole_prompt": 5}, "whole_prompt"),
 ])
 def test_malformed_records_are_named(change, says):
     with pytest.raises(BadRecord, match=says) as error:
         check_record({**GOOD, **change}, 4)
     assert "record 7 (row 4)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [["a"], {}, 0.5])
+def test_a_problem_id_of_another_type_is_refused(name):
+    with pytest.raises(BadRecord, match="problem_id"):
+        check_record({**GOOD, "problem_id": name}, 4)
+
+
+def test_names_fit_a_line():
+    for name in ("a\nb", HALF, "x" * 500, "a\0"):
+        shown = name_of({"problem_id": name, "row": 1})
+        assert len(shown) < 100 and shown.isprintable()
+    assert name_of({"problem_id": "何", "row": 1}) == "record 何 (row 1)"
 
 
 @pytest.mark.parametrize("row", ["text", 3, None, ["a"]])
@@ -37,69 +69,89 @@ def test_rows_that_are_no_objects(row):
 
 
 def test_untidy_but_usable_records():
-    for change in ({"data_source": None}, {"process": "..."}, {"problem_type": "numerical", "options": None},
-                   {"options": [f"{i}" for i in range(14)]}, {"problem": "何？"}, {"path": "clips//./a.y4m"}):
+    for change in ({"data_source": None}, {"process": "..."}, {"path": "clips//./a.y4m"},
+                   {"problem_type": "numerical", "options": None}, {"problem": "何？"},
+                   {"options": [f"{i}" for i in range(14)]}, {"path": "..a/b.y4m"},
+                   {"path": "."}):
         record = check_record({**GOOD, **change}, 0)
         assert isinstance(record["options"], list) and record["row"] == 0
-    assert check_record({k: v for k, v in GOOD.items() if k != "problem_id"}, 5)["problem_id"] == 5
+    for nameless in ({k: v for k, v in GOOD.items() if k != "problem_id"},
+                     {**GOOD, "problem_id": None}):
+        assert check_record(nameless, 5)["problem_id"] == 5
 
 
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
+def write(path, text, encoding="utf-8"):
+    path.write_text(text, encoding=encoding)
     return path
 
 
-def test_json_lists_and_lines(tmp_path):
-    as_list = write(tmp_path / "a.json", json.dumps([GOOD, GOOD]))
-    as_lines = write(tmp_path / "a.jsonl", json.dumps(GOOD) + "\n\n" + json.dumps(GOOD) + "\n")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_json_lists_and_lines(tmp_path, encoding):
+    """With a byte-order mark too, which Windows' editors write."""
+    row = json.dumps(GOOD)
+    as_list = write(tmp_path / "a.json", json.dumps([GOOD, GOOD]), encoding)
+    as_lines = write(tmp_path / "a.jsonl", f"{row}\n\n{row}\n", encoding)
     assert read_json(as_list) == read_json(as_lines) == [GOOD, GOOD]
 
 
 @pytest.mark.parametrize("text, says", [
-    ("[{\"a\": 1},", "not valid JSON"), ("{\"a\": 1}\nnonsense\n", "bad.json:2"), ("hello", "bad.json:1"),
+    ("[{\"a\": 1},", "bad.json: not"), ("{\"a\": 1}\nnonsense\n", "bad.json:2"),
+    ("hello", "bad.json:1"), ("[" * 100000, "bad.json: not"), ("[" + "9" * 5000 + "]", "bad.json"),
 ])
 def test_broken_json_names_file_and_line(tmp_path, text, says):
     with pytest.raises(ValueError, match=says):
         read_json(write(tmp_path / "bad.json", text))
 
 
+def test_other_encodings_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="bad.json"):
+        read_json(write(tmp_path / "bad.json", '["é"]', "latin-1"))
+
+
 def test_lines_end_at_newlines_only(tmp_path):
-    """str.splitlines also cuts at U+2028 and the like, which JSON leaves as they are inside a text."""
+    """str.splitlines also cuts at U+2028 and the like, which JSON leaves as they are in a text."""
     rows = [{"problem": "one\u2028two\u0085three"}, {"problem": "four"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert read_json(tmp_path / "a.jsonl") == rows
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    assert read_json(write(tmp_path / "a.jsonl", "".join(lines))) == rows
 
 
 def test_rows_that_are_no_objects_can_be_left_out(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([7, {"problem": "no path"}]))
-    (tmp_path / "bad.json").write_text(json.dumps([{"row": 0, "path": None}, {"row": 1, "path": None}]))
-    assert read_records(tmp_path / "a.json", tmp_path / "bad.json") == ([], [])
-    (tmp_path / "bad.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="not a list written by"):
-        read_records(tmp_path / "a.json", tmp_path / "bad.json")
+    leave = tmp_path / "bad.json"
+    leave.write_text(json.dumps([{"row": 0, "path": None}, {"row": 1, "path": None}]))
+    assert read_records(tmp_path / "a.json", leave) == ([], [])
+    for nonsense in ([1], [{"row": True, "path": None}], [{"row": "0", "path": None}]):
+        leave.write_text(json.dumps(nonsense))
+        with pytest.raises(ValueError, match="not a list written by"):
+            read_records(tmp_path / "a.json", leave)
 
 
 def test_read_records_reports_what_it_leaves_out(tmp_path):
-    path = write(tmp_path / "a.json", json.dumps([GOOD, {**GOOD, "problem_type": "essay"}, "x", GOOD]))
+    rows = [GOOD, {**GOOD, "problem_type": "essay"}, "x", GOOD]
+    path = write(tmp_path / "a.json", json.dumps(rows))
     records, malformed = read_records(path)
-    assert [r["row"] for r in records] == [0, 3] and len(malformed) == 2 and "essay" in malformed[0]
-    leave = write(tmp_path / "bad.json", json.dumps([{"row": 3, "path": GOOD["path"], "reason": ""}]))
+    assert [r["row"] for r in records] == [0, 3] and len(malformed) == 2
+    assert "essay" in malformed[0]
+    leave = tmp_path / "bad.json"
+    write(leave, json.dumps([{"row": 3, "path": GOOD["path"], "reason": ""}]))
     assert [r["row"] for r in read_records(path, leave)[0]] == [0]
-    other = write(tmp_path / "other.json", json.dumps([{"row": 3, "path": "./else.mp4", "reason": ""}]))
-    with pytest.raises(ValueError, match="another file"):
-        read_records(path, other)
+    for row, other in ((3, "./else.mp4"), (9, GOOD["path"]), (-1, GOOD["path"])):
+        write(leave, json.dumps([{"row": row, "path": other, "reason": ""}]))
+        with pytest.raises(ValueError, match="another file"):
+            read_records(path, leave)
     with pytest.raises(ValueError, match="no records"):
         read_records(write(tmp_path / "empty.json", "[]"))
 
 
+# ------------------------------------------------------------------------------------------- frames
 @pytest.mark.parametrize("total, fps, most, want", [
-    (250, 25.0, 16, 16), (100, 25.0, 16, 8), (30, 30.0, 16, 4), (7, 25.0, 16, 4), (3, 25.0, 16, 2), (2, 25.0, 16, 2), (1, 25.0, 16, 1),
-    (8, 2.0, 16, 8), (1000, 25.0, 32, 32), (45, 10.0, 16, 8),
+    (250, 25.0, 16, 16), (100, 25.0, 16, 8), (30, 30.0, 16, 4), (7, 25.0, 16, 4), (3, 25.0, 16, 2),
+    (2, 25.0, 16, 2), (1, 25.0, 16, 1), (8, 2.0, 16, 8), (1000, 25.0, 32, 32), (45, 10.0, 16, 8),
 ])
 def test_frame_indices(total, fps, most, want):
     indices = frame_indices(total, fps, most)
-    assert len(indices) == want and indices[0] == 0 and indices == sorted(set(indices)) and indices[-1] < total
-    assert indices[-1] == total - 1                                         # from the first frame to the last
+    assert len(indices) == want and indices == sorted(set(indices))
+    assert indices[0] == 0 and indices[-1] == total - 1     # from the first frame to the last
     assert len(indices) % 2 == 0 or total == 1
 
 
@@ -108,61 +160,321 @@ def test_reading_a_real_file(tmp_path):
     toy.write_y4m(tmp_path / "a.y4m", frames, fps=4)
     got, seconds = read_video(tmp_path / "a.y4m")
     assert got.shape == (6, 56, 84, 3) and seconds == pytest.approx(12 / 4 / 6)
-    assert np.abs(got[:, 0, 0, 0].astype(int) - [0, 40, 80, 140, 180, 220]).max() <= 2     # frames 0 2 4 7 9 11
+    want = [0, 40, 80, 140, 180, 220]                       # frames 0 2 4 7 9 11
+    assert np.abs(got[:, 0, 0, 0].astype(int) - want).max() <= 2
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no video", None, "truncated"])
+def clip_of(folder, frames, fps=2, name="clips/a.y4m"):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    toy.write_y4m(path, frames, fps=fps)
+    return path
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no video", None, "truncated", "no rate"])
 def test_unreadable_media_become_named_skips(tmp_path, tiny, content):
-    (tmp_path / "clips").mkdir()
-    clip = tmp_path / "clips" / "a.y4m"
+    clip = clip_of(tmp_path, np.zeros((4, 56, 56, 3), np.uint8))
     if content == "truncated":
-        toy.write_y4m(clip, np.zeros((4, 56, 56, 3), np.uint8))
-        clip.write_bytes(clip.read_bytes()[:300])                           # the header and less than a frame
-    elif content is not None:
+        clip.write_bytes(clip.read_bytes()[:300])           # the header and less than a frame
+    elif content == "no rate":
+        clip.write_bytes(clip.read_bytes().replace(b"F2:1", b"F0:0", 1))
+    elif content is None:
+        clip.unlink()
+    else:
         clip.write_bytes(content)
-    item = Prompts([check_record(GOOD, 0)], tmp_path, tiny[1])[0]
-    assert isinstance(item, Skipped) and "record 7" in item.reason and "a.y4m" in item.reason
+    if content != "no rate":                                # FFmpeg takes 25 a second then
+        item = Prompts([check_record(GOOD, 0)], tmp_path, tiny[1])[0]
+        assert isinstance(item, Skipped)
+        assert "record 7" in item.reason and "a.y4m" in item.reason
     image = Prompts([check_record({**GOOD, "data_type": "image"}, 0)], tmp_path, tiny[1])[0]
     assert isinstance(image, Skipped) and "record 7" in image.reason
 
 
-def test_a_clip_of_one_frame_is_used(tmp_path, tiny):
+@pytest.mark.parametrize("path", ["x" * 256 + ".png", "clips/" + "何" * 100, "clips", "."])
+def test_paths_that_can_be_no_file_become_named_skips(tmp_path, tiny, path):
+    """A component of more than 255 bytes makes stat raise, and so ended the run."""
     (tmp_path / "clips").mkdir()
-    toy.write_y4m(tmp_path / "clips" / "a.y4m", np.zeros((1, 56, 56, 3), np.uint8))
+    for kind in ("image", "video"):
+        record = check_record({**GOOD, "data_type": kind, "path": path}, 0)
+        item = Prompts([record], tmp_path, tiny[1])[0]
+        assert isinstance(item, Skipped) and "record 7" in item.reason
+        assert "no such file" in item.reason
+
+
+def test_a_clip_of_one_frame_is_used(tmp_path, tiny):
+    clip_of(tmp_path, np.zeros((1, 56, 56, 3), np.uint8))
     prompt = Prompts([check_record(GOOD, 0)], tmp_path, tiny[1])[0]
     assert isinstance(prompt, Prompt) and prompt.grid == (1, 4, 4)
 
 
+def image_record(name):
+    return check_record({**GOOD, "data_type": "image", "path": name}, 0)
+
+
 def test_images_of_any_mode(tmp_path):
-    for mode in ("RGB", "L", "RGBA", "P"):
-        Image.new(mode, (80, 60)).save(tmp_path / f"{mode}.png")
-        frames, _ = load_media(check_record({**GOOD, "data_type": "image", "path": f"{mode}.png"}, 0), tmp_path, Limits())
+    for mode in ("RGB", "L", "RGBA", "P", "LA", "I;16", "1"):
+        Image.new(mode, (80, 60)).save(tmp_path / "a.png")
+        frames, _ = load_media(image_record("a.png"), tmp_path, Limits())
         assert frames.shape == (1, 3, 56, 84)
 
 
-def test_the_loader_keeps_the_order_of_the_indices(world, tiny):
+@pytest.mark.parametrize("mode, black", [("RGBA", (0, 0, 0, 255)), ("LA", (0, 255)), ("P", 0)])
+def test_what_is_transparent_is_white(tmp_path, mode, black):
+    """On black, black words would be lost."""
+    image = Image.new(mode, (80, 60), 1 if mode == "P" else 0)
+    image.paste(black, (0, 0, 40, 60))                      # left: black ink; right: nothing
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    image.save(tmp_path / "a.png", **({"transparency": 1} if mode == "P" else {}))
+    pixels = read_image(tmp_path / "a.png")
+    assert (pixels[0, :, :40] == 0).all() and (pixels[0, :, 40:] == 255).all()
+
+
+def test_a_png_with_a_huge_text_is_skipped(tmp_path):
+    """Pillow raises ValueError there, and an OSError only elsewhere."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * (2 << 20), zip=True)
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(BadRecord, match="record 7.*a.png.*Decompressed data too large"):
+        load_media(image_record("a.png"), tmp_path, Limits())
+
+
+@pytest.mark.parametrize("error", [TypeError("t"), KeyError("k"), EOFError(), MemoryError(),
+                                   Image.DecompressionBombError("b"), ZeroDivisionError("z")])
+def test_other_errors_of_the_image_library_are_named(tmp_path, monkeypatch, error):
+    def broken(path):
+        raise error
+
+    write(tmp_path / "a.png", "")
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(BadRecord, match="record 7.*a.png: cannot be read as an image: ."):
+        load_media(image_record("a.png"), tmp_path, Limits())
+
+
+def test_seconds(tmp_path, tiny):
+    """One second between temporal patches, whatever the clip: as in the release. Or the clip's."""
+    clip_of(tmp_path, np.zeros((12, 56, 56, 3), np.uint8), fps=3)       # 4 s: 8 frames, 4 patches
+    prompts = {seconds: Prompts([check_record(GOOD, 0)], tmp_path, tiny[1],
+                                Limits(seconds=seconds, sample_fps=1))[0]
+               for seconds in ("one", "true")}                          # 4 frames, 2 patches
+    assert prompts["one"].seconds == 1.0 and prompts["true"].seconds == 2.0
+    times = {name: sorted(set(p.positions[0, p.visual].tolist())) for name, p in prompts.items()}
+    first = times["one"][0]
+    assert times == {"one": [first, first + 2], "true": [first, first + 4]}
+
+
+@pytest.mark.parametrize("n, most, want", [
+    (16, 128 * 784, (128 * 784, 105369)),                   # 1.05 times the least: 134.4 * 784
+    (16, 256 * 784, (128 * 784, 256 * 784)),
+    (64, 256 * 784, (128 * 784, 256 * 784)),
+    (1000, 256 * 784, (128 * 784, 115200 * 784 / 1000 * 2)),
+    (4000, 256 * 784, (128 * 784, 105369)),
+])
+def test_pixels_of_the_release(n, most, want):
+    limits = Limits(max_pixels=most, pixels="released")
+    assert limits.area("video", n) == pytest.approx(want)
+    assert limits.area("image", 1) == (0, 256 * 784)
+    assert Limits(max_pixels=most).area("video", n) == (0, most)
+
+
+def test_a_tiny_clip_grows_under_the_release(tmp_path):
+    clip_of(tmp_path, np.zeros((4, 56, 84, 3), np.uint8))
+    frames, _ = load_media(check_record(GOOD, 0), tmp_path, Limits())
+    assert frames.shape == (4, 3, 56, 84)
+    frames, _ = load_media(check_record(GOOD, 0), tmp_path, Limits(pixels="released"), Vision())
+    assert frames.shape == (4, 3, 280, 392)                 # 10 * 14 tokens a pair of frames
+
+
+# ------------------------------------------------------------------------------------------- loader
+def gone(pid, seconds=5.0):
+    """Whether a process ends within some seconds (a zombie has ended)."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_the_loader_keeps_the_order_and_the_items(world, tiny):
     records, _ = read_records(world / "train.json")
-    data = Prompts(records, world, tiny[1])
+    prompts = Prompts(records, world, tiny[1])
     wanted = [5, 0, 9, 5, 30]
-    for workers in (0, 2):
-        assert [item.record["row"] for item in loader(data, wanted, workers)] == wanted
+    here, there = (list(loader(prompts, wanted, workers)) for workers in (0, 2))
+    assert [item.record["row"] for item in there] == wanted
+    for a, b in zip(here, there):
+        for field in ("ids", "positions", "frames"):
+            assert torch.equal(getattr(a, field), getattr(b, field))
+    assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_an_item_that_ends_its_process_costs_no_other(method):
+    faults, workers = {1: "abort"}, 1                       # the others start slowly
+    if method == "fork":
+        faults = {1: "abort", 2: "asked", 3: "killed", 4: "killed", 8: "endless", 9: "abort"}
+        workers = 2
+    items = list(loader(Faulty(faults), list(range(10)), workers, limit=0.5, method=method))
+    assert [item[0] for item in items] == list(range(10))
+    words = {"abort": "Aborted", "killed": "Killed", "endless": "more than 0.5 s"}
+    for index, (_, said) in enumerate(items):
+        if faults.get(index, "asked") == "asked":           # SIGTERM is for the parent to heed
+            assert isinstance(said, int) and said != os.getpid()
+        else:
+            assert words[faults[index]] in said
+    assert not multiprocessing.active_children()
+
+
+class Surroundings:
+    def __getitem__(self, index):
+        return os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()
+
+
+def test_a_worker_has_no_gpu_and_one_thread(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert list(loader(Surroundings(), [0], 1, method="fork")) == [("", 1)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_items_hold_no_file_descriptors(world, tiny):
+    """torch's own queues hold one for each tensor, or a part of /dev/shm."""
+    records, _ = read_records(world / "train.json")
+    stream = loader(Prompts(records, world, tiny[1]), range(40), 1, method="fork")
+    held = [next(stream)]
+    before, shared = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    held += stream
+    assert len(held) == 40 and len(os.listdir("/proc/self/fd")) <= before
+    assert not {name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name}
+
+
+def test_a_lost_record_is_a_named_skip(world, tiny):
+    records, _ = read_records(world / "train.json")
+    item = Prompts(records, world, tiny[1]).lost(3, "decoding ended its process: Aborted")
+    assert isinstance(item, Skipped) and item.record is records[3]
+    assert item.reason == f"record 3 (row 3): {records[3]['path']}: decoding ended its process: " \
+                          "Aborted"
+
+
+def test_a_mistake_in_the_program_is_raised(capfd):
+    with pytest.raises(RuntimeError, match="item 1"):
+        list(loader(Faulty({1: "wrong"}), [0, 1, 2], 1, method="fork"))
+    assert "KeyError: 'a mistake in the program, at 1'" in capfd.readouterr().err
+    assert not multiprocessing.active_children()
+
+
+def test_items_are_made_ahead_and_not_more(tmp_path):
+    """While the first item is used, two for each worker are made or under way."""
+    stream = loader(Faulty({}, tmp_path), list(range(20)), 2, ahead=2, method="fork")
+    assert next(stream)[0] == 0
+    until = time.monotonic() + 10
+    while len(list(tmp_path.iterdir())) < 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [0, 1, 2, 3, 4]
+    stream.close()
+
+
+@pytest.mark.parametrize("end", ["closed", "raised", "forgotten"])
+def test_a_consumer_that_stops_leaves_no_process(end, tmp_path):
+    def consume():
+        for index, pid in loader(items, list(range(9)), 2, method="fork"):
+            pids.add(pid)
+            if index == 2:
+                raise ZeroDivisionError
+
+    items, pids = Faulty({3: "endless"}, tmp_path), set()
+    if end == "raised":
+        with pytest.raises(ZeroDivisionError):
+            consume()
+    else:
+        stream = loader(items, list(range(9)), 2, method="fork")
+        pids = {next(stream)[1] for _ in range(3)}
+        if end == "closed":
+            stream.close()
+        del stream
+    assert pids and all(gone(pid) for pid in pids)
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+import sys, time, os, signal
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from engine.workers import loader
+from faulty import Faulty, abort
+if __name__ == "__main__":
+    folder = Path({folder!r})
+    stream = loader(Faulty({{3: "endless"}}, folder), list(range(9)), 2, method={method!r})
+    pids = {{next(stream)[1] for _ in range(3)}}
+    while not (folder / "3").exists():
+        time.sleep(0.01)
+    print(*pids, (folder / "3").read_text(), flush=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize("method, end", [
+    ("fork", "sys.exit(3)"), ("fork", "os.kill(os.getpid(), signal.SIGKILL)"),
+    ("spawn", "os.kill(os.getpid(), signal.SIGKILL)")])
+def test_workers_end_with_their_parent(tmp_path, method, end):
+    """Also those that hang, and when the parent has no time to say so."""
+    (tmp_path / "items").mkdir()
+    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), end=end, method=method,
+                           folder=str(tmp_path / "items"))
+    done = subprocess.run([sys.executable, write(tmp_path / "run.py", script)],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == (3 if "exit" in end else -signal.SIGKILL), done.stderr
+    assert len(done.stdout.split()) >= 2
+    assert all(gone(pid) for pid in done.stdout.split())
+
+
+# -------------------------------------------------------------------------------------------- check
 def test_check_command(world, tmp_path):
+    """What training would skip, and nothing else: a clip of one frame is used."""
     rows = json.loads((world / "train.json").read_text())[:8]
+    rows[1]["problem_id"] = HALF
     rows[2]["problem_type"] = "essay"
     rows[4]["path"] = "./train/missing.y4m"
-    (world / "train" / "broken.y4m").write_bytes(b"no video")
     rows[5] |= {"path": "./train/broken.y4m", "data_type": "video"}
-    toy.write_y4m(world / "train" / "short.y4m", np.zeros((1, 56, 56, 3), np.uint8))
+    (world / "train" / "broken.y4m").write_bytes(b"no video")
     rows[6] |= {"path": "./train/short.y4m", "data_type": "video"}
-    data = write(tmp_path / "data.json", json.dumps(rows))
-    done = subprocess.run([sys.executable, "data.py", "check", str(data), "--videos", str(world), "--workers", "2"], cwd=ROOT,
-                          capture_output=True, text=True)
+    toy.write_y4m(world / "train" / "short.y4m", np.zeros((1, 56, 56, 3), np.uint8))
+    listed = write(tmp_path / "data.json", json.dumps(rows))
+    command = [sys.executable, "data.py", "check", str(listed), "--videos", str(world)]
+    done = subprocess.run(command + ["--workers", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    for words in ("essay", "missing.y4m: no such file", "broken.y4m: cannot be decoded", "too short", "4 of 8 records"):
-        assert words in done.stdout, done.stdout
+    for words in ("surrogate", "essay", "missing.y4m: no such file",
+                  "broken.y4m: cannot be decoded", "4 of 8 records"):
+        assert words in done.stdout, done.stdout + done.stderr
+    assert "6/6" in done.stderr                             # the progress bar
     bad = json.loads((tmp_path / "data.bad.json").read_text())
-    assert [item["row"] for item in bad] == [2, 4, 5, 6]
-    records, malformed = read_records(data, tmp_path / "data.bad.json")
-    assert [r["row"] for r in records] == [0, 1, 3, 7] and not malformed
+    assert [item["row"] for item in bad] == [1, 2, 4, 5]
+    records, malformed = read_records(listed, tmp_path / "data.bad.json")
+    assert [r["row"] for r in records] == [0, 3, 6, 7] and not malformed
+
+
+def test_check_outlives_its_decoder(world, tmp_path, monkeypatch):
+    rows = json.loads((world / "train.json").read_text())
+    rows = [row for row in rows if row["data_type"] == "video"][:4]
+    damaged = os.path.basename(rows[1]["path"])
+
+    def read(path, *limits):
+        return abort(path) if path.name == damaged else read_video(path, *limits)
+
+    fork = multiprocessing.get_context("fork")              # inherits what is patched here
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(data, "read_video", read)
+    listed = write(tmp_path / "data.json", json.dumps(rows))
+    (bad,) = data.check(str(listed), str(world), None, 2)
+    assert (bad["row"], bad["path"]) == (1, rows[1]["path"])
+    assert "decoding ended its process: Aborted" in bad["reason"]
+
+
+def test_check_of_a_missing_list_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", "none.json", "--videos", "."])
+    with pytest.raises(SystemExit, match="^error: .*none.json"):
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")

@@ -1,5 +1,9 @@
+"""Evaluation: lists, protocols, published figures, comparisons; runs that are cut and resumed."""
+
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,21 +14,30 @@ import pytest
 from conftest import ROOT, plain_inputs
 
 import evaluate
-from lab import toy
 from engine.decoding import vision_tokens
-from evaluate import benchmark_of, from_holmes, locate, main, parse, read_predictions, read_questions, report, summarise, wilson
+from evaluate import from_holmes, locate, main, parse, read_questions, worded
+from lab import toy
+from prompt import QUESTION_EVAL, question_text
+from scores import (BENCHMARKS, FACTS, PROTOCOLS, benchmark_of, compare, part_of, published,
+                    read_predictions, report, summarise, wilson)
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
+PAPER = SHARED.parent / "facts"
 QUICK = ["--max_new_tokens", "8", "--dtype", "float32", "--workers", "0", "--batch", "7"]
 
 
 def arguments(checkpoint_folder, world, out, *more):
-    return ["--model", str(checkpoint_folder), "--data", str(world / "test.json"), "--videos", str(world), "--out", str(out),
-            "--benchmark", "toy", *QUICK, *map(str, more)]
+    return ["--model", str(checkpoint_folder), "--data", str(world / "test.json"),
+            "--videos", str(world), "--out", str(out), "--benchmark", "toy", *QUICK,
+            *map(str, more)]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def rows_of(out):
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return lines_of(out / "predictions.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +50,23 @@ def whole(checkpoint_folder, world, tmp_path_factory):
 # ------------------------------------------------------------------------------------------- scores
 def test_wilson_by_hand():
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-9) and wilson(0.0, 10)[1] == pytest.approx(0.2775, abs=1e-3)
+    assert wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
     assert wilson(0.3, 0) == (0.0, 1.0)
 
 
 def row(output=None, solution="B", kind="multiple choice", **more):
-    base = {"solution": f"<answer>{solution}</answer>", "problem_type": kind, "options": ["A. x", "B. y"], "row": 0, "path": "p", **more}
-    return base | ({"output": output} if output is not None else {"unreadable": "no file"})
+    base = {"solution": f"<answer>{solution}</answer>", "problem_type": kind,
+            "options": ["A. x", "B. y"], "row": 0, "path": "p"}
+    said = {"unreadable": "no file"} if output is None else {"output": output}
+    return base | said | more
+
+
+RIGHT, WRONG = "<answer>B</answer>", "<answer>A</answer>"
 
 
 def test_counts_of_a_small_table():
-    rows = [row("<answer>B</answer>"), row("<answer>B.</answer>"), row("<answer>A</answer>"), row("who knows"), row(),
-            row("<answer>B</answer>", solution="A")]
+    rows = [row(RIGHT), row("<answer>B.</answer>"), row(WRONG), row("who knows"), row(),
+            row(RIGHT, solution="A")]
     s = summarise(rows)
     assert (s["n"], s["unparsed"], s["unreadable"]) == (5, 1, 1)
     assert s["strict"] == pytest.approx(1 / 5) and s["lenient"] == pytest.approx(2 / 5)
@@ -56,71 +74,193 @@ def test_counts_of_a_small_table():
 
 
 def test_an_unreadable_clip_is_no_wrong_answer():
-    assert summarise([row("<answer>B</answer>"), row()])["strict"] == 1.0
-    assert summarise([row()]) | {"always": 0} == {"n": 0, "strict": 0.0, "lenient": 0.0, "unparsed": 0, "unreadable": 1,
-                                                  "interval": (0.0, 1.0), "always": 0}
+    assert summarise([row(RIGHT), row()])["strict"] == 1.0
+    alone = summarise([row()])
+    assert (alone["n"], alone["unreadable"], alone["interval"]) == (0, 1, (0.0, 1.0))
 
 
-def test_usual_splits(capsys):
-    answers = ["<answer>B</answer>", "<answer>A</answer>"]
-    table = report([row(answers[i % 2], duration=d, domain="Knowledge") for i, d in enumerate(["short", "short", "long"])], "videomme", 32)
-    assert table["length: short"]["strict"] == 0.5 and table["length: long"]["n"] == 1 and table["domain: Knowledge"]["n"] == 3
-    printed = capsys.readouterr().out
-    assert "Video-KTR 60.3%" in printed and "the whole benchmark has 2700" in printed
-    table = report([row(answers[0], **{"row": i}) for i in (0, 299, 300, 600, 899)], "videommmu", 16)
-    assert [table[f"track: {name}"]["n"] for name in ("adaptation", "comprehension", "perception")] == [2, 1, 2]
-    table = report([row(answers[0], path="./Evaluation/MMVU/videos/Chemistry/0.mp4"), row(answers[1], path="./E/MMVU/videos/Law/3.mp4")],
-                   "mmvu", 16)
-    assert table["discipline: Science"]["n"] == table["discipline: Humanities & Social Science"]["n"] == 1
-    table = report([row(answers[0], **{"Question Type": "SR"}), row(answers[1], **{"Question Type": "TA"})], "video-holmes", 64)
-    assert {"type: SR", "type: TA"} < set(table)
-    table = report([row("<answer>9</answer>", solution="10", kind="regression", original_question_type="object_size")], "vsibench", None)
-    assert table["type: object_size"]["strict"] == pytest.approx(0.8)
+def test_usual_splits():
+    rows = [row([RIGHT, WRONG][i % 2], duration=length, domain="Knowledge")
+            for i, length in enumerate(["short", "short", "long"])]
+    table = report(rows, "videomme", {})
+    assert table["length: short"]["strict"] == 0.5
+    assert table["length: long"]["n"] == 1 and table["domain: Knowledge"]["n"] == 3
+    track = BENCHMARKS["videommmu"]["splits"]["track"]
+    parts = [part_of({"row": i}, track) for i in (0, 299, 300, 600, 899, 900)]
+    assert parts == ["adaptation"] * 2 + ["comprehension", "perception", "perception", None]
+    discipline = BENCHMARKS["mmvu"]["splits"]["discipline"]
+    assert part_of({"path": "./E/MMVU/videos/Chemistry/0.mp4"}, discipline) == "Science"
+    assert part_of({"path": "Law/3.mp4"}, discipline) == "Humanities & Social Science"
+    assert part_of({"path": "elsewhere/3.mp4"}, discipline) is None
+    holmes = report([row(RIGHT, **{"Question Type": "SR"})], "video-holmes", {})
+    assert "type: SR" in holmes
+    sizes = [row("<answer>9</answer>", "10", "regression", original_question_type="object_size")]
+    assert report(sizes, "vsibench", {})["type: object_size"]["strict"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("name, benchmark", [
-    ("eval_videomme.json", "videomme"), ("Video-Holmes/test_Video-Holmes.json", "video-holmes"), ("eval_mmvu.json", "mmvu"),
-    ("eval_videommmu.json", "videommmu"), ("eval_vsibench.json", "vsibench"), ("eval_tempcompass.json", "tempcompass"),
+    ("eval_videomme.json", "videomme"), ("Video-Holmes/test_Video-Holmes.json", "video-holmes"),
+    ("eval_mmvu.json", "mmvu"), ("eval_videommmu.json", "videommmu"),
+    ("eval_vsibench.json", "vsibench"), ("eval_tempcompass.json", "tempcompass"),
     ("eval_mvbench.json", "mvbench"), ("toy_world/test.json", "custom"),
 ])
 def test_benchmark_of(name, benchmark):
     assert benchmark_of(name) == benchmark
 
 
+# ---------------------------------------------------------------------------------------- published
+def settings_of(protocol, benchmark, **more):
+    return {"protocol": protocol, "benchmark": benchmark, **PROTOCOLS[protocol]["options"], **more}
+
+
+def test_figures_are_for_this_benchmark_protocol_and_frames_only(capsys):
+    ours = settings_of("video-ktr", "videomme", frames=32)
+    line = published("videomme", ours)
+    assert "cold start (Qwen2.5-VL-SFT 7B) 55.4, Video-KTR 7B 60.3" in line
+    assert "Qwen2.5-VL 7B not known" in line and "65.1" not in line
+    for settings, benchmark in [
+            ({}, "videomme"),                                           # a foreign file
+            (ours, "mmvu"),                                             # another benchmark
+            (ours | {"protocol": "direct"}, "videomme"),                # another protocol
+            (ours | {"protocol": "video-r1"}, "videomme"),
+            (ours | {"frames": 48}, "videomme"),                        # other frames
+            (ours | {"max_pixels": 50000}, "videomme"),                 # a changed protocol
+            (settings_of("video-ktr", "mvbench", frames=32), "mvbench")]:       # not in the table
+        report([row(RIGHT)], benchmark, settings)
+        printed = capsys.readouterr().out
+        assert "published" in printed
+        for figure in ("55.4", "60.3", "63.5", "65.9", "52.8", "58.8", "65.1"):
+            assert figure not in printed, (settings, benchmark)
+
+
+def test_the_protocol_is_printed_with_every_result(capsys):
+    report([row(RIGHT)], "mmvu", settings_of("direct", "mmvu", frames=64))
+    printed = capsys.readouterr().out
+    assert "protocol direct, which counts the lenient score: frames 64, fps 2.0" in printed
+    assert "max_new_tokens 16, temperature 0.0, top_p 1.0, seconds true" in printed
+    assert "1 questions; the whole benchmark has 625" in printed
+
+
+def test_figures_and_sizes_are_those_of_the_paper():
+    if not PAPER.exists():
+        pytest.skip(f"{PAPER} is not here")
+    paper = json.loads((PAPER / "paper_results.json").read_text())
+    sizes = {name: b["size"] for name, b in BENCHMARKS.items() if b["size"]}
+    assert sizes == paper["benchmark_sizes"]
+    main_table = paper["main"]
+    measured = [r for r in FACTS["published"] if r["protocol"] == "video-ktr"]
+    assert len(measured) == 6
+    for r in measured:
+        figures = main_table[r["model"]][str(r["frames"])]
+        assert r["accuracy"] == dict(zip(main_table["columns"], figures)), r
+    for r in FACTS["published"]:
+        assert r["source"] in FACTS["sources"]
+    prompts = json.loads((PAPER / "prompts.json").read_text())
+    assert FACTS["prompts"]["video-holmes"]["text"] == prompts["video_holmes"]
+    assert QUESTION_EVAL == prompts["question_eval"]
+
+
 # -------------------------------------------------------------------------------------------- lists
-@pytest.mark.parametrize("name, rows, clips", [("eval_mmvu.json", 625, 379), ("eval_videommmu.json", 900, 300), ("eval_videomme.json", 2700, 900)])
+@pytest.mark.parametrize("name, rows, clips", [
+    ("eval_mmvu.json", 625, 379), ("eval_videommmu.json", 900, 300),
+    ("eval_videomme.json", 2700, 900)])
 def test_real_lists_load_whole(name, rows, clips):
     if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not here; set BENCHMARK_LISTS to the folder that holds it")
+        pytest.skip(f"{SHARED / name} is not here; BENCHMARK_LISTS names the folder that holds it")
     records = read_questions(str(SHARED / name))
     assert len(records) == rows and len({record["path"] for record in records}) == clips
-    splits = evaluate.SPLITS[benchmark_of(name)]
-    assert all(of(record) is not None for of in splits.values() for record in records)
+    for split in BENCHMARKS[benchmark_of(name)]["splits"].values():
+        assert all(part_of(record, split) is not None for record in records)
+    for record in records:
+        text = question_text(worded(record, "direct", benchmark_of(name)))
+        end = "directly." if record["options"] else "word or phrase."
+        assert text.endswith(end) and "<think>" not in text
 
 
-HOLMES_ROW = {"video ID": "v1", "Question ID": 3, "Question Type": "MHR", "Question": "Why?", "Options": {"A": "x", "B": "y"},
-              "Answer": "B", "Explanation": "..."}
+HOLMES_ROW = {"video ID": "v1", "Question ID": 3, "Question Type": "MHR", "Question": "Why?",
+              "Options": {"A": "x", "B": "y"}, "Answer": "B", "Explanation": "..."}
 
 
 def test_holmes_own_annotations(tmp_path):
     path = tmp_path / "test_Video-Holmes.json"
     path.write_text(json.dumps([HOLMES_ROW, {**HOLMES_ROW, "video ID": "v2"}]))
     first, second = read_questions(str(path))
-    assert first["problem_id"] == "v1/3" and second["problem_id"] == "v2/3"         # keyed on video and question together
-    assert first["whole_prompt"].endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
-    assert first["solution"] == "<answer>B</answer>" and first["options"] == ["A. x", "B. y"]
-    for folder in ("videos", "videos_cropped"):
+    assert (first["problem_id"], second["problem_id"]) == ("v1/3", "v2/3")
+    assert first["solution"] == RIGHT and first["options"] == ["A. x", "B. y"]
+    assert from_holmes(HOLMES_ROW)["Question Type"] == "MHR"
+    for folder, clip in (("videos", "v1.mp4"), ("videos_cropped", "v2.mp4")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / f"v{1 + (folder != 'videos')}.mp4").write_bytes(b"")
-    assert locate(first["path"], str(tmp_path)) == "videos/v1.mp4" and locate(second["path"], str(tmp_path)) == "videos_cropped/v2.mp4"
+        (tmp_path / folder / clip).write_bytes(b"")
+    found, _ = locate([first["path"], second["path"]], str(tmp_path))
+    assert found == {"v1.mp4": "videos/v1.mp4", "v2.mp4": "videos_cropped/v2.mp4"}
 
 
-def test_locate_tries_the_prefixes_of_releases(tmp_path):
-    (tmp_path / "videos" / "Art").mkdir(parents=True)
-    (tmp_path / "videos" / "Art" / "1.mp4").write_bytes(b"")
-    for path in ("./Evaluation/MMVU/videos/Art/1.mp4", "MMVU/videos/Art/1.mp4", "./videos/Art/1.mp4", "Art/1.mp4"):
-        assert locate(path, str(tmp_path)) == "videos/Art/1.mp4"
-    assert locate("./Evaluation/MMVU/videos/Art/2.mp4", str(tmp_path)) is None
+def test_the_words_of_each_protocol():
+    record = from_holmes(HOLMES_ROW)
+    own = question_text(worded(record, "video-ktr", "video-holmes"))
+    assert own.startswith("Based on the given video, reason and answer the single-choice question.")
+    assert own.endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
+    assert question_text(worded(record, "video-ktr", "custom")) == own      # a renamed list
+    listed = {key: record[key] for key in ("problem", "problem_type", "options")}
+    assert question_text(worded(listed, "video-ktr", "video-holmes")) == own
+    usual = question_text(listed, QUESTION_EVAL)
+    for protocol, benchmark in [("video-r1", "video-holmes"), ("video-ktr", "mmvu")]:
+        assert question_text(worded(listed, protocol, benchmark), QUESTION_EVAL) == usual
+    assert question_text(worded(record, "video-r1", "video-holmes"), QUESTION_EVAL) == usual
+    untidy = {"problem": "Why {x}?\nOptions:", "problem_type": "multiple choice",
+              "options": ["A) one {y}", "two", "(C) three", "E. four"]}
+    assert question_text(worded(untidy, "direct", "mmvu")) == (
+        "Why {x}?\nA. one {y}\nB. two\nC. three\nD. E. four\n"
+        "Answer with the option's letter from the given choices directly.")
+    number = {"problem": "How many?", "problem_type": "numerical", "options": []}
+    assert question_text(worded(number, "direct", "mmvu")) == (
+        "How many?\nAnswer the question using a single word or phrase.")
+
+
+def make(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"")
+
+
+@pytest.mark.parametrize("path", ["./Evaluation/MMVU/videos/Art/1.mp4", "MMVU/videos/Art/1.mp4",
+                                  "./videos/Art/1.mp4", "Art/1.mp4"])
+def test_locate_tries_the_folders_of_releases(tmp_path, path):
+    make(tmp_path, "videos/Art/1.mp4")
+    assert locate([path], str(tmp_path)) == ({path: "videos/Art/1.mp4"}, {})
+    assert locate(["./Evaluation/MMVU/videos/Art/2.mp4"], str(tmp_path)) == ({}, {})
+
+
+def test_locate_never_takes_another_clip_of_the_same_name(tmp_path):
+    """The old fallback to the bare name gave Art's clip to the questions about Law's."""
+    make(tmp_path, "1.mp4", "2.mp4", "Law/3.mp4", "3.mp4")
+    paths = ["./E/Art/1.mp4", "./E/Law/1.mp4", "./E/Art/2.mp4", "E/Art/2.mp4", "./E/Law/3.mp4",
+             "./E/Art/3.mp4", "3.mp4"]
+    found, ambiguous = locate(paths, str(tmp_path))
+    assert found == {"./E/Art/2.mp4": "2.mp4", "E/Art/2.mp4": "2.mp4",   # two spellings, one clip
+                     "./E/Law/3.mp4": "Law/3.mp4", "3.mp4": "3.mp4"}
+    assert ambiguous == {"./E/Art/1.mp4": "1.mp4", "./E/Law/1.mp4": "1.mp4",
+                         "./E/Art/3.mp4": "3.mp4"}
+    flat = locate(["a/x/1.mp4", "b/x/1.mp4"], str(tmp_path))[1]
+    make(tmp_path, "x/1.mp4")
+    assert flat == {"a/x/1.mp4": "1.mp4", "b/x/1.mp4": "1.mp4"}
+    found, ambiguous = locate(["a/x/1.mp4", "b/x/1.mp4"], str(tmp_path))
+    assert found == {} and set(ambiguous.values()) == {"x/1.mp4"}           # a shared folder too
+
+
+def test_locate_on_a_real_list(tmp_path):
+    """379 clips kept flat: the 34 names that several folders share are refused, the rest found."""
+    if not (SHARED / "eval_mmvu.json").exists():
+        pytest.skip(f"{SHARED} is not here")
+    paths = sorted({record["path"] for record in read_questions(str(SHARED / "eval_mmvu.json"))})
+    make(tmp_path / "flat", *{Path(path).name for path in paths})
+    found, ambiguous = locate(paths, str(tmp_path / "flat"))
+    names = [Path(path).name for path in ambiguous]
+    assert len(set(names)) == 34 and len(found) + len(ambiguous) == 379
+    assert len(set(found.values())) == len(found)
+    make(tmp_path / "kept", *[path.removeprefix("./Evaluation/MMVU/") for path in paths])
+    found, ambiguous = locate(paths, str(tmp_path / "kept"))
+    assert len(set(found.values())) == 379 and not ambiguous
 
 
 def test_a_malformed_benchmark_is_refused(tmp_path):
@@ -130,25 +270,58 @@ def test_a_malformed_benchmark_is_refused(tmp_path):
         read_questions(str(path))
 
 
+# ------------------------------------------------------------------------------------------ options
+def test_a_protocol_sets_defaults_and_an_option_wins():
+    usual = parse(["--model", "m", "--data", "d"])
+    assert (usual.protocol, usual.frames, usual.temperature) == ("video-ktr", 16, 0.0)
+    assert (usual.max_new_tokens, usual.max_pixels, usual.seconds) == (1024, 256 * 28 * 28, "one")
+    authors = parse(["--model", "m", "--data", "d", "--protocol", "video-r1", "--frames", "32"])
+    assert (authors.temperature, authors.top_p, authors.frames) == (0.1, 0.001, 32)
+    direct = parse(["--model", "m", "--data", "d", "--direct", "--seconds", "one"])
+    assert (direct.protocol, direct.max_new_tokens, direct.seconds) == ("direct", 16, "one")
+    assert direct == parse(["--model", "m", "--data", "d", "--protocol", "direct",
+                            "--seconds", "one"])
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--direct", "--protocol", "video-r1"], "not allowed with"),
+    (["--rescore", "f", "--frames", "32"], "--frames is what the file says"),
+    (["--rescore", "f", "--direct"], "--protocol is what the file says"),
+    (["--frames", "0"], "at least 2 frames"), (["--fps", "0"], "fps above 0"),
+    (["--temperature", "-1"], "temperature >= 0"), (["--top_p", "0"], "0 < top_p <= 1"),
+    (["--seconds", "two"], "seconds one or true"), (["--protocol", "mine"], "invalid choice"),
+    (["--frame", "8"], "unrecognized"),
+])
+def test_options_that_cannot_be_meant(more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--model", "m", "--data", "d", *more])
+    assert message in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------- runs
 def test_every_answer_is_kept_with_its_settings(whole, world):
     out, table = whole
     head, *rows = rows_of(out)
-    assert head["settings"]["temperature"] == 0.0 and head["settings"]["limits"]["max_frames"] == 16
-    assert sorted(r["row"] for r in rows) == list(range(24)) and all(isinstance(r["output"], str) for r in rows)
-    assert table["all"]["n"] == 24 and sum(s["n"] for name, s in table.items() if name.startswith("kind")) == 24
-    assert json.loads((out / "scores.json").read_text())["scores"]["all"]["n"] == 24
+    assert head["settings"]["temperature"] == 0.0 and head["settings"]["frames"] == 16
+    assert head["settings"]["protocol"] == "video-ktr" and head["settings"]["benchmark"] == "toy"
+    assert sorted(r["row"] for r in rows) == list(range(24))
+    assert all(isinstance(r["output"], str) for r in rows)
+    kinds = [s["n"] for name, s in table.items() if name.startswith("kind")]
+    assert table["all"]["n"] == sum(kinds) == 24
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["scores"]["all"]["n"] == 24 and scores["settings"] == head["settings"]
 
 
 def test_answers_are_those_of_generate(whole, tiny, plain, world):
     _, *rows = rows_of(whole[0])
-    model, processor = tiny
+    processor = tiny[1]
+    limits = evaluate.limits_of(parse(["--model", "m", "--data", "d"]))
+    quiet = dict(max_new_tokens=8, do_sample=False, suppress_tokens=vision_tokens(plain.config))
     for r in rows[:6]:
-        record = {**r, "options": r["options"]}
-        (frames, seconds) = evaluate.load_media(record, world, evaluate.Limits(max_pixels=256 * 784), processor.vision)
-        prompt = processor.prompt(record, frames, seconds, template=evaluate.QUESTION_EVAL)
-        out = plain.generate(**plain_inputs(prompt), max_new_tokens=8, do_sample=False, suppress_tokens=vision_tokens(plain.config))
-        assert r["output"] == processor.tokenizer.decode(out[0, len(prompt.ids):], skip_special_tokens=True)
+        frames, seconds = evaluate.load_media(r, world, limits, processor.vision)
+        prompt = processor.prompt(r, frames, seconds, template=QUESTION_EVAL)
+        out = plain.generate(**plain_inputs(prompt), **quiet)[0, len(prompt.ids):]
+        assert r["output"] == processor.tokenizer.decode(out, skip_special_tokens=True)
 
 
 def test_a_finished_run_needs_no_model(whole, checkpoint_folder, world, monkeypatch):
@@ -158,48 +331,80 @@ def test_a_finished_run_needs_no_model(whole, checkpoint_folder, world, monkeypa
 
 def test_a_cut_file_is_continued_and_scored_whole(whole, checkpoint_folder, world, tmp_path):
     lines = (whole[0] / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "predictions.jsonl").write_text("".join(lines[:10]) + lines[10][:25])       # killed inside a line
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(lines[:10]) + lines[10][:25])                # killed inside a line
     assert main(parse(arguments(checkpoint_folder, world, tmp_path))) == whole[1]
-    same = sorted((whole[0] / "predictions.jsonl").read_text().splitlines())
-    assert sorted((tmp_path / "predictions.jsonl").read_text().splitlines()) == same
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-@pytest.mark.parametrize("change", [["--frames", "32"], ["--max_new_tokens", "9"], ["--temperature", "0.5"], ["--max_pixels", "50000"]])
+@pytest.mark.parametrize("change", [
+    ["--frames", "32"], ["--max_new_tokens", "9"], ["--temperature", "0.5"], ["--direct"],
+    ["--max_pixels", "50000"], ["--seconds", "true"], ["--dtype", "bfloat16"]])
 def test_other_settings_do_not_mix(whole, checkpoint_folder, world, change):
+    before = (whole[0] / "predictions.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="other settings"):
         main(parse(arguments(checkpoint_folder, world, whole[0], *change)))
+    assert (whole[0] / "predictions.jsonl").read_bytes() == before
 
 
-def test_other_weights_do_not_mix(whole, checkpoint_folder, world, tmp_path):
-    import shutil
+def test_other_weights_do_not_mix(checkpoint_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(checkpoint_folder, other)
     before = evaluate.fingerprint(str(other))
+    assert before == evaluate.fingerprint(str(checkpoint_folder))
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-3] ^= 1
     (other / "model.safetensors").write_bytes(content)
     assert evaluate.fingerprint(str(other)) != before
 
 
+LATE = """
+import time, sys, torch.distributed as dist
+import evaluate
+
+def then_wait(function):
+    def late(*a, **k):
+        function(*a, **k)
+        time.sleep(2 * dist.get_rank())
+    return late
+
+dist.barrier = then_wait(dist.barrier)
+dist.broadcast_object_list = then_wait(dist.broadcast_object_list)
+evaluate.main(evaluate.parse(sys.argv[1:]))
+evaluate.leave()
+"""
+
+
 def test_kill_and_resume_with_other_processes(whole, checkpoint_folder, world, tmp_path):
-    """SIGKILL, then two processes: every question answered once, the table that of an undisturbed run."""
+    """SIGKILL, then two processes, one of them late: every question is answered once.
+
+    The late one used to read the file of finished rows after the other had added to it, so that
+    the two divided different lists, and questions fell between them.
+    """
     command = [sys.executable, "evaluate.py", *arguments(checkpoint_folder, world, tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    quiet = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True, **quiet)
     path, deadline = tmp_path / "predictions.jsonl", time.time() + 90
-    while not (path.exists() and len(path.read_text().splitlines()) > 1) and time.time() < deadline:
+    while time.time() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) > 1:
+            break
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    answered = len(path.read_text().splitlines())
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command[1:]], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=150)
+    answered = len(path.read_text().splitlines()) - 1
+    (tmp_path / "late.py").write_text(LATE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", "2", str(tmp_path / "late.py"), *command[2:]]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=150, **quiet)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path)[1:]
-    assert answered < 25 and sorted(r["row"] for r in rows) == list(range(24))
-    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["all"]["n"] == 24
+    assert answered < 24 and sorted(r["row"] for r in rows) == list(range(24))
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["all"]["n"] == 24
     first = {r["row"]: r["output"] for r in rows_of(whole[0])[1:]}
-    assert sum(first[r["row"]] != r["output"] for r in rows) <= 1            # batches differ, so a near tie may fall otherwise
+    changed = sum(first[r["row"]] != r["output"] for r in rows)
+    assert changed <= 1                     # batches differ, so a near tie may fall otherwise
 
 
 def test_unreadable_and_missing_clips(checkpoint_folder, world, tmp_path):
@@ -212,54 +417,176 @@ def test_unreadable_and_missing_clips(checkpoint_folder, world, tmp_path):
     command = [*arguments(checkpoint_folder, world, tmp_path / "out"), "--data", str(data)]
     with pytest.raises(SystemExit, match="1 of 6 clips are not under .*none.y4m"):
         main(parse(command))
-    assert not (tmp_path / "out").exists()                                   # said before anything is made or loaded
+    assert not (tmp_path / "out").exists()                  # said before anything is made or loaded
     table = main(parse([*command, "--allow_missing"]))
     assert (table["all"]["n"], table["all"]["unreadable"]) == (4, 2)
-    frames = toy.render(toy.new_scene(__import__("random").Random(0), "video"))
-    toy.write_y4m(world / "test" / "bad.y4m", frames)                        # repaired: a rerun answers it
+    frames = toy.render(toy.new_scene(random.Random(0), "video"))
+    toy.write_y4m(world / "test" / "bad.y4m", frames)       # repaired: a rerun answers it
     table = main(parse([*command, "--allow_missing"]))
     assert (table["all"]["n"], table["all"]["unreadable"]) == (5, 1)
+
+
+def test_an_ambiguous_clip_is_named(checkpoint_folder, world, tmp_path):
+    rows = json.loads((world / "test.json").read_text())[:2]
+    name = Path(rows[0]["path"]).name
+    shutil.copy(world / rows[0]["path"], tmp_path / name)
+    rows[0]["path"], rows[1]["path"] = f"./a/{name}", f"./b/{name}"
+    data = tmp_path / "some.json"
+    data.write_text(json.dumps(rows))
+    command = [*arguments(checkpoint_folder, tmp_path, tmp_path / "out"), "--data", str(data)]
+    with pytest.raises(SystemExit, match=f"2 in doubt.* {name} may be another clip than ./a/"):
+        main(parse(command))
+
+
+def test_a_clip_that_kills_its_decoder_costs_its_questions_only(tiny, world):
+    records = read_questions(str(world / "test.json"))[:3]
+    records[2]["path"] = records[0]["path"]
+    clips = evaluate.Clips(records, str(world), tiny[1], evaluate.Limits())
+    (_, one), (_, other) = clips[0]
+    assert len(clips) == 2 and one.frames is other.frames           # decoded once, encoded once
+    (first, why), (second, _) = clips.lost(0, "its process died")
+    assert (first, second) == (records[0], records[2])
+    assert "(row 0)" in why and records[0]["path"] in why and "its process died" in why
+
+
+def test_seconds_between_temporal_patches_are_the_protocols(tiny, world, tmp_path):
+    records = read_questions(str(world / "test.json"))
+    clip = next(record for record in records if record["data_type"] == "video")
+    clip["path"] = "slow.y4m"
+    frames = toy.render(toy.new_scene(random.Random(0), "video"))
+    toy.write_y4m(tmp_path / "slow.y4m", frames, fps=1)     # two frames, so 2 s, to a patch
+    seconds = {}
+    for more in (["--direct"], ["--direct", "--seconds", "one"], []):
+        limits = evaluate.limits_of(parse(["--model", "m", "--data", "d", *more]))
+        [(_, prompt)] = evaluate.Clips([clip], str(tmp_path), tiny[1], limits)[0]
+        seconds[" ".join(more)] = prompt.seconds
+    assert seconds == {"--direct": 2.0, "--direct --seconds one": 1.0, "": 1.0}
 
 
 def test_questions_about_a_clip_share_its_decoding(checkpoint_folder, world, tmp_path, monkeypatch):
     rows = json.loads((world / "test.json").read_text())
     data = tmp_path / "shared.json"
-    data.write_text(json.dumps([rows[0], rows[1], {**rows[0], "problem": "Which shape comes first?"}]))
+    data.write_text(json.dumps([*rows[:2], {**rows[0], "problem": "Which shape comes first?"}]))
     calls, original = [], evaluate.load_media
     monkeypatch.setattr(evaluate, "load_media", lambda *a: calls.append(1) or original(*a))
-    main(parse([*arguments(checkpoint_folder, world, tmp_path / "out"), "--data", str(data)]))
+    command = arguments(checkpoint_folder, world, tmp_path / "out")
+    main(parse([*command, "--data", str(data)]))
     assert len(calls) == 2 and len(rows_of(tmp_path / "out")) == 4
 
 
-def test_one_question_from_the_shell(checkpoint_folder, world, capsys):
-    main(parse(["--model", str(checkpoint_folder), "--video", str(world / "test" / "00001.y4m"), "--question", "What happens?", *QUICK]))
-    assert capsys.readouterr().out.strip()
+@pytest.mark.parametrize("more", [[], ["--direct"]])
+def test_one_question_from_the_shell(checkpoint_folder, world, capsys, more):
+    records = read_questions(str(world / "test.json"))
+    kinds = {record["data_type"]: record["path"] for record in records}
+    for path in kinds.values():                                     # a clip and a still image
+        main(parse(["--model", str(checkpoint_folder), "--video", str(world / path),
+                    "--question", "What happens?", *QUICK, *more]))
+        assert capsys.readouterr().out.strip()
+    with pytest.raises(SystemExit, match="none.y4m: no such file"):
+        main(parse(["--model", str(checkpoint_folder), "--video", str(world / "none.y4m"),
+                    "--question", "What happens?", *QUICK, *more]))
 
 
-# ------------------------------------------------------------------------------------------- rescore
-OTHERS = [{"output": "<answer>B</answer>", "solution": "<answer>B</answer>", "problem_type": "multiple choice", "options": ["A. x", "B. y"],
-           "prediction": "B", "reward": 1.0}, {"output": "B.", "solution": "<answer>B</answer>"}]
+# ------------------------------------------------------------------------------------------ rescore
+OTHERS = [{"output": RIGHT, "solution": RIGHT, "problem_type": "multiple choice",
+           "options": ["A. x", "B. y"], "prediction": "B", "reward": 1.0},
+          {"output": "B.", "solution": RIGHT}]
 
 
-@pytest.mark.parametrize("text", [json.dumps(OTHERS), json.dumps({"results": OTHERS, "final_acc": []}),
-                                  "\n".join(json.dumps(item) for item in OTHERS)])
+@pytest.mark.parametrize("text", [
+    json.dumps(OTHERS), "\ufeff" + json.dumps(OTHERS),
+    json.dumps({"results": OTHERS, "final_acc": []}, indent=2),
+    "\n".join(json.dumps(item) for item in OTHERS)])
 def test_other_peoples_predictions(tmp_path, text, capsys):
     path = tmp_path / "eval_mmvu_theirs.json"
-    path.write_text(text)
-    table = main(parse(["--rescore", str(path), "--benchmark", "custom"]))
+    path.write_text(text, "utf-8")
+    another = {"settings": settings_of("video-ktr", "mmvu")}
+    (tmp_path / "scores.json").write_text(json.dumps(another))
+    table = main(parse(["--rescore", str(path)]))
     assert (table["all"]["n"], table["all"]["strict"], table["all"]["lenient"]) == (2, 0.5, 1.0)
+    printed = capsys.readouterr().out                   # a stranger's file gets no figure
+    assert "the file does not say how it was made" in printed and "61.3" not in printed
 
 
-def test_rescoring_our_own_gives_the_same_table(whole):
-    assert main(parse(["--rescore", str(whole[0] / "predictions.jsonl"), "--benchmark", "toy"])) == whole[1]
+def test_rescoring_our_own_takes_what_the_file_says(whole, tmp_path, capsys):
+    assert main(parse(["--rescore", str(whole[0] / "predictions.jsonl")])) == whole[1]
+    assert main(parse(["--rescore", str(whole[0])])) == whole[1]
+    assert "protocol video-ktr" in capsys.readouterr().out
+    shutil.copytree(whole[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "predictions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))    # without settings
+    assert main(parse(["--rescore", str(path)])) == whole[1]
 
 
-def test_predictions_without_output_are_refused(tmp_path):
+def test_rescoring_says_the_files_frames(tmp_path, capsys):
+    path = tmp_path / "predictions.jsonl"
+    head = {"settings": settings_of("video-ktr", "mmvu", frames=64)}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *OTHERS]))
+    main(parse(["--rescore", str(path)]))
+    assert "published at 64 frames" in (printed := capsys.readouterr().out)
+    assert "61.6" in printed and "66.6" in printed and "61.3" not in printed
+    main(parse(["--rescore", str(path), "--benchmark", "videomme"]))
+    assert "since these are answers to mmvu" in (printed := capsys.readouterr().out)
+    assert "58.8" not in printed and "66.6" not in printed
+
+
+@pytest.mark.parametrize("bad", [{"solution": RIGHT}, {"output": RIGHT}, "text", 3])
+def test_predictions_without_output_are_refused(tmp_path, bad):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"solution": "<answer>B</answer>"}]))
-    with pytest.raises(ValueError, match="row 0"):
+    path.write_text(json.dumps([*OTHERS, bad]))
+    with pytest.raises(ValueError, match="row 2"):
         read_predictions(str(path))
 
 
-def test_from_holmes_keeps_the_original_fields():
-    assert from_holmes(HOLMES_ROW)["Question Type"] == "MHR"
+# ------------------------------------------------------------------------------------------ compare
+def two_files(folder, a, b, clips, changed=()):
+    """Files of answers "A"/"B" (right: B), None for unreadable, to questions about these clips."""
+    paths = []
+    for name, letters in (("a", a), ("b", b)):
+        rows = [row(letter and f"<answer>{letter}</answer>", row=i, path=clip, problem=f"q{i}")
+                for i, (letter, clip) in enumerate(zip(letters, clips))]
+        settings = settings_of("video-ktr", "mmvu")
+        if name == "b":
+            settings |= dict(changed)
+        lines = [{"settings": settings}, *rows]
+        paths.append(folder / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [str(path) for path in paths]
+
+
+def test_a_paired_interval_by_hand(tmp_path):
+    # one question a clip, d = 1 1 0 0: mean 1/2, sd 0.57735, 1.96 * sd / 2 = 0.56580
+    result = compare(*two_files(tmp_path, "BBBA", "AABA", "pqrs"))
+    assert result["n"] == 4 and result["strict"]["difference"] == 0.5
+    assert (result["strict"]["a"], result["strict"]["b"]) == (0.75, 0.25)
+    assert result["strict"]["interval"] == pytest.approx((-0.06580, 1.06580), abs=1e-5)
+    assert result["lenient"] == result["strict"]
+
+
+def test_questions_about_a_clip_count_together(tmp_path):
+    # d = 1 1 (clip p), 0 (q), -1 (r): mean 1/4; sums of d - 1/4: 1.5, -0.25, -1.25;
+    # squares 3.875, times 3/2 = 5.8125, root 2.410913, over 4 = 0.602728, times 1.96 = 1.181347
+    result = compare(*two_files(tmp_path, "BBBA", "AABB", "ppqr"))
+    low, high = result["strict"]["interval"]
+    assert result["strict"]["difference"] == 0.25
+    assert (low, high) == pytest.approx((0.25 - 1.181347, 0.25 + 1.181347), abs=1e-6)
+
+
+def test_only_what_both_answered_is_compared(tmp_path, capsys):
+    files = two_files(tmp_path, ["B", None, "A", "B"], ["A", "B", "A", None], "pqrs",
+                      changed={"protocol": "direct", "seconds": "true"})
+    result = main(parse(["--compare", *files]))
+    assert result["n"] == 2 and result["strict"]["difference"] == 0.5       # unreadable: not wrong
+    printed = capsys.readouterr().out
+    assert "2 questions about 2 clips that both answered, of 4 in A and 4 in B" in printed
+    assert "they differ in protocol: A video-ktr, B direct" in printed
+    assert "they differ in seconds: A one, B true" in printed and "in frames" not in printed
+
+
+def test_files_that_do_not_compare(tmp_path):
+    a, b = two_files(tmp_path, "BB", "AB", "pq")
+    Path(b).write_text(Path(b).read_text().replace("q1", "another"))
+    with pytest.raises(ValueError, match="row 1: other questions"):
+        compare(a, b)
+    with pytest.raises(ValueError, match="fewer than two clips"):
+        compare(*two_files(tmp_path, "BB", "AB", "pp"))

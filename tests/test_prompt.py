@@ -1,31 +1,36 @@
 import json
+import math
 import random
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import plain_inputs
+from conftest import ROOT, plain_inputs
 
+import data
 from lab import toy
-from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, fit, patches, question_text, rope_positions,
-                    target_size)
+from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, fit, one_line, patches,
+                    question_text, rope_positions, target_size)
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "processor.npz")
+GOLDEN = np.load(ROOT / "tests" / "golden" / "processor.npz")
 
 
 @pytest.mark.parametrize("name", ["down", "odd", "up", "image"])
 def test_patches_equal_the_transformers_processors(name):
-    """Outputs of Qwen2VLVideoProcessor and Qwen2VLImageProcessor (transformers 5.17, torchvision 0.26) for the same frames."""
+    """Outputs of Qwen2VLVideoProcessor and Qwen2VLImageProcessor (transformers 5.17, torchvision
+    0.26) for the same frames."""
     frames = fit(GOLDEN[name + "_in"], 12 * 28 * 28, Vision())
     got = patches(frames, Vision())
     assert torch.equal(got, torch.from_numpy(GOLDEN[name + "_out"]))
     grid = GOLDEN[name + "_grid"][0]
-    assert got.shape[0] == grid.prod() and (frames.shape[2] // 14, frames.shape[3] // 14) == tuple(grid[1:])
+    assert got.shape[0] == grid.prod()
+    assert (frames.shape[2] // 14, frames.shape[3] // 14) == tuple(grid[1:])
 
 
 @pytest.mark.parametrize("h, w, limit, want", [
-    (720, 1280, 128 * 784, (224, 420)), (272, 640, 128 * 784, (196, 476)), (56, 56, 128 * 784, (56, 56)),
+    (720, 1280, 128 * 784, (224, 420)), (272, 640, 128 * 784, (196, 476)),
+    (56, 56, 128 * 784, (56, 56)),
     (10, 10, 128 * 784, (56, 56)), (100, 30, 4 * 784, (112, 28)),
 ])
 def test_target_size(h, w, limit, want):
@@ -42,8 +47,48 @@ def test_target_size_keeps_within_the_limit():
         target_size(10, 4000, 128 * 784)
 
 
+@pytest.mark.parametrize("h, w, want", [
+    (144, 176, (308, 364)),     # grows by sqrt(100352 / 25344) = 1.98990 to 286.5, 350.2; up
+    (480, 640, (280, 364)),     # shrinks by sqrt(307200 / 105369) = 1.70748 to 281.1, 374.8; down
+    (280, 364, (280, 364)),     # 130 * 784 is between the two
+])
+def test_sizes_of_qwen_vl_utils_under_the_release(h, w, want):
+    """By hand, after smart_resize of qwen-vl-utils 0.0.10 (min 128 * 784, max 1.05 times that)."""
+    assert target_size(h, w, int(1.05 * 128 * 784), 128 * 784) == want
+
+
+def test_the_table_of_tokens():
+    """docs/tokens.md: the function it shows gives the numbers it shows."""
+    text = (ROOT / "docs" / "tokens.md").read_text()
+    shown = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], shown)
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 11
+    for name, kind, frames, width, height, most, *numbers in rows[1:]:
+        most = math.prod(int(x) for x in most.split("\\*"))
+        for pixels, number in zip(("paper", "released"), numbers):
+            got = shown["tokens"](kind.strip(), int(frames), int(width), int(height), most, pixels)
+            assert got == int(number.replace(",", "")), (name, pixels, got)
+
+
+def test_the_table_is_what_a_prompt_has(tiny, tmp_path):
+    """Its first row, from a file."""
+    frames = np.zeros((32, 360, 640, 3), np.uint8)
+    toy.write_y4m(tmp_path / "a.y4m", frames, fps=4)
+    row = {**record(), "path": "a.y4m", "solution": "<answer>A</answer>"}
+    for pixels in ("paper", "released"):
+        limits = data.Limits(pixels=pixels)
+        item = data.Prompts([data.check_record(row, 0)], tmp_path, tiny[1], limits)[0]
+        assert item.visual.sum() == 960
+
+
+def test_one_line():
+    assert one_line("何 a") == "何 a" and one_line("a\nb\ud800") == r"'a\nb\ud800'"
+    assert one_line("a" * 300 + "b" * 300) == "a" * 200 + " .. " + "b" * 200
+
+
 def test_positions_equal_the_librarys(prompts, plain):
-    """Where seconds are whole, transformers' get_rope_index agrees (5.17 cuts fractions; 5.23 does not)."""
+    """Where seconds are whole, transformers' get_rope_index agrees (5.17 cuts fractions)."""
     for prompt in prompts:
         inputs = {k: v for k, v in plain_inputs(prompt).items() if "pixel" not in k}
         want, delta = plain.model.get_rope_index(**inputs)
@@ -53,18 +98,20 @@ def test_positions_equal_the_librarys(prompts, plain):
 
 def test_fractions_of_seconds_move_positions():
     visual = torch.tensor([False] + [True] * 4 + [False])
-    positions = rope_positions(visual, (4, 2, 2), 2, ticks=2 * 0.8)         # 4 temporal patches of one token
-    assert positions[0].tolist() == [0, 1, 2, 4, 5, 2]                      # 1 + floor(0, 1.6, 3.2, 4.8); text goes on at 2
+    positions = rope_positions(visual, (4, 2, 2), 2, ticks=2 * 0.8)     # 4 patches of one token
+    assert positions[0].tolist() == [0, 1, 2, 4, 5, 2]  # 1 + floor(0, 1.6, 3.2, 4.8); text from 2
     assert positions[1].tolist() == [0, 1, 1, 1, 1, 2]
 
 
 def record(**more):
-    return {"problem": "What?", "problem_type": "multiple choice", "options": ["A. x", "B. y"], "data_type": "video", **more}
+    return {"problem": "What?", "problem_type": "multiple choice", "options": ["A. x", "B. y"],
+            "data_type": "video", **more}
 
 
 def test_protocol_strings():
     text = question_text(record())
-    assert text.startswith("What?Options:\nA. x\nB. y\n\nPlease think about this question as if you were a human")
+    assert text.startswith("What?Options:\nA. x\nB. y\n\nPlease think about this question as if "
+                           "you were a human")
     assert text.endswith("within the <answer> </answer> tags.") and "<think> </think>" in text
     assert "<think> and </think>" in question_text(record(), QUESTION_EVAL)
     for kind, words in TYPE.items():
@@ -72,10 +119,11 @@ def test_protocol_strings():
     assert "Options" not in question_text(record(problem_type="numerical", options=[]))
 
 
-@pytest.mark.parametrize("options", [["x", "y"], ["A) x", "B) y"], ["A. x", "B. y"], ["(A) x", "(B) y"]])
+@pytest.mark.parametrize("options", [["x", "y"], ["A) x", "B) y"], ["A. x", "B. y"],
+                                     ["(A) x", "(B) y"]])
 def test_untidy_options(options):
     text = question_text(record(options=options))
-    letters = ["A. x", "B. y"] if options == ["x", "y"] else options       # only options without letters get them
+    letters = ["A. x", "B. y"] if options == ["x", "y"] else options    # where there are none
     assert "Options:\n" + "\n".join(letters) + "\n" in text
 
 
@@ -96,7 +144,8 @@ def test_the_chat_template_surrounds_the_clip(tiny, prompts):
         t, h, w = prompt.grid
         assert (prompt.ids == media).sum() == t * h * w // 4 == prompt.visual.sum()
         text = processor.tokenizer.decode(prompt.ids[~prompt.visual])
-        assert text.startswith("<|im_start|> user <|vision_start|> <|vision_end|>") and text.endswith("<|im_start|> assistant")
+        assert text.startswith("<|im_start|> user <|vision_start|> <|vision_end|>")
+        assert text.endswith("<|im_start|> assistant")
 
 
 def test_a_question_with_a_video_token_is_refused(tiny, prompts):
@@ -107,25 +156,28 @@ def test_a_question_with_a_video_token_is_refused(tiny, prompts):
 
 def test_a_long_prompt_is_refused_not_cut(tiny, prompts):
     with pytest.raises(BadRecord, match="exceeds the limit of 20"):
-        tiny[1].prompt({**prompts[0].record, "problem_id": 3}, prompts[0].frames, 0.5, max_prompt=20)
+        tiny[1].prompt(prompts[0].record, prompts[0].frames, 0.5, max_prompt=20)
 
 
 def test_a_single_frame_is_doubled(tiny, prompts):
     one = tiny[1].prompt(prompts[0].record, prompts[0].frames[:1], 0.5)
     two = tiny[1].prompt(prompts[0].record, prompts[0].frames[:1].repeat(2, 1, 1, 1), 0.5)
-    assert torch.equal(one.ids, two.ids) and torch.equal(patches(one.frames, one.vision), patches(two.frames, two.vision))
+    assert torch.equal(one.ids, two.ids)
+    assert torch.equal(*(patches(p.frames, p.vision) for p in (one, two)))
 
 
 def test_counterfactual_prompts(prompts):
     p = prompts[0]
     hidden = p.hidden()
-    assert torch.equal(hidden.ids, p.ids[~p.visual]) and torch.equal(hidden.positions, p.positions[:, ~p.visual])
+    assert torch.equal(hidden.ids, p.ids[~p.visual])
+    assert torch.equal(hidden.positions, p.positions[:, ~p.visual])
     assert hidden.next_position == p.next_position
     assert p.hidden("moved").positions[2].tolist() == list(range(len(hidden.ids)))
     order = torch.arange(len(p.frames)).flip(0)
-    assert torch.equal(p.reordered(order).frames, p.frames.flip(0)) and torch.equal(p.reordered(order).positions, p.positions)
-    assert torch.equal(p.timed(p.seconds).positions, p.positions)
-    assert p.timed(3.0).positions[0, p.visual].max() == 3 * p.positions[0, p.visual].max() - 2 * p.positions[0, p.visual].min()
+    assert torch.equal(p.reordered(order).frames, p.frames.flip(0))
+    assert torch.equal(p.reordered(order).positions, p.positions)
+    assert p.zeroed().blank and torch.equal(p.zeroed().ids, p.ids)
+
     keep = torch.arange(int(p.visual.sum())) % 2 == 0
     assert p.thinned(keep).visual.sum() == keep.sum()
 
@@ -135,8 +187,10 @@ def test_processor_survives_a_round_trip(tiny, tmp_path):
     tiny[0].config.save_pretrained(tmp_path)
     processor.save(tmp_path)
     again = type(processor).from_pretrained(str(tmp_path))
-    assert again.vision == processor.vision and again.tokenizer.chat_template == processor.tokenizer.chat_template
-    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"] == list(processor.vision.mean)
+    assert again.vision == processor.vision
+    assert again.tokenizer.chat_template == processor.tokenizer.chat_template
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["image_mean"] == list(processor.vision.mean)
 
 
 def test_the_protocol_is_one_token_in_the_toy_world(prompts):

@@ -1,11 +1,10 @@
-"""What the README shows is true: its own rule runs, the names it gives exist, every metric and file is explained."""
+"""What README and docs show is true: the rule runs, names and options exist, metrics are explained."""
 
 import importlib
-import json
 import re
 
-import pytest
 from conftest import ROOT
+from test_ktr import arguments, log_of
 
 import attribution
 import ktr
@@ -13,49 +12,68 @@ from run.logs import METRICS, PHASES
 from run.options import Options, parse
 
 README = (ROOT / "README.md").read_text()
+CHOICES = (ROOT / "docs/choices.md").read_text().replace("\\|", "|")
+RUNNING = (ROOT / "docs/running.md").read_text()
+
+
+def section(title):
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def test_your_own_rule(checkpoint_folder, world, tmp_path, monkeypatch):
-    (rule,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "SIGNALS[" in block)
+    """The rule of the README, added at the end of attribution.py, trains."""
+    text = section("Your own rule")
+    (rule,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in rule.splitlines() if line.strip()]) <= 10
     monkeypatch.setattr(attribution, "SIGNALS", dict(attribution.SIGNALS))
+    monkeypatch.setattr("stream.SIGNALS", attribution.SIGNALS)
     exec(rule, {**vars(attribution)})
-    options = re.search(r"train with `--signals (.*?)`", README).group(1).split()
-    monkeypatch.setattr("run.options.SIGNALS", attribution.SIGNALS)
-    ktr.main(parse(["--model", str(checkpoint_folder), "--data", str(world / "train.json"), "--out", str(tmp_path), "--dtype", "float32",
-                    "--max_new_tokens", "12", "--G", "4", "--workers", "0", "--no_checkpointing", "--max_steps", "3",
-                    "--prompts_per_step", "2", "--signals", *options]))
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert all(0.2 <= row["share_entropy"] < 0.3 for row in log) and any(0.2 <= row["share_frozen"] < 0.3 for row in log)
+    options = re.search(r"train with `--signals (.*?)`", text).group(1).split()
+    more = ["--max_steps", "3", "--prompts_per_step", "2", "--signals", *options]
+    ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, *more)))
+    log = log_of(tmp_path)
+    assert all(0.2 <= row["share_entropy"] < 0.3 for row in log)
+    assert any(0.2 <= row["share_frozen"] < 0.3 for row in log)     # a step of images has none
 
 
-def test_names_in_the_paper_to_code_table_exist():
-    names = re.findall(r"`(\w+)\.(\w+)`", README[README.index("## Paper to code"):README.index("## Where the paper")])
-    names = [(module, name) for module, name in names if name != "py"]
-    assert len(names) > 10
+def test_names_in_the_table_of_the_method_exist():
+    names = re.findall(r"`(\w+)\.(\w+)`", section("The method in the code"))
+    names = [(module, name) for module, name in names if name not in ("py", "sh")]
+    assert len(names) > 12
     for module, name in names:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_options_and_their_choices_exist():
-    table = README[README.index("## Where the paper"):README.index("## What the log says")].replace("\\|", "|")
-    fields = Options.__dataclass_fields__
-    for name, choices in re.findall(r"`--(\w+) ([\w|]+)`", table):
-        choices = choices.split("|")
-        if len(choices) > 1:
-            assert choices == fields[name].metadata["choices"], name
-    for name in re.findall(r"`--(\w+)", table):
+    fields, seen = Options.__dataclass_fields__, set()
+    for name, choices in re.findall(r"`--(\w+)(?: ([\w|]+))?", CHOICES):
         assert name in fields, name
+        seen.add(name)
+        if "|" in choices:
+            assert choices.split("|") == fields[name].metadata["choices"], name
+    assert len(seen) > 12
+
+
+def test_every_choice_of_the_presets_has_its_row():
+    from run.options import PRESETS
+    for name in PRESETS["released"]:
+        assert f"`--{name}" in CHOICES, name
 
 
 def test_every_metric_is_explained():
-    table = README[README.index("## What the log says"):README.index("## Speed")]
-    for name in (*METRICS, "grad_norm", "lr", "prompts", "skipped", "tokens_per_second", "memory_gib", "seconds"):
-        assert re.search(rf"\| [\w, ]*\b{name}\b[\w, ]*\|", table), name
-    assert "data" in PHASES and "seconds_PHASE" in table
+    logged = ("grad_norm", "lr", "prompts", "skipped", "tokens_per_second", "memory_gib", "seconds")
+    for name in (*METRICS, *logged):
+        assert re.search(rf"\| [\w, ]*\b{name}\b[\w, ]*\|", RUNNING), name
+    assert "data" in PHASES and "seconds_PHASE" in RUNNING
 
 
-@pytest.mark.parametrize("pattern", ["*.py", "*.sh"])
-def test_every_file_is_in_the_tree(pattern):
-    tree = README[README.index("## Files"):README.index("## Evaluation")]
-    assert [path.name for path in ROOT.glob(pattern) if path.name not in tree] == []
+def test_every_file_and_folder_is_in_the_tree():
+    tree = section("Files")
+    there = [path.name for pattern in ("*.py", "*.sh") for path in ROOT.glob(pattern)]
+    there += [f"{path.name}/" for path in ROOT.iterdir() if (path / "..").exists()
+              and path.is_dir() and list(path.glob("*.py")) and not path.name.startswith(".")]
+    assert [name for name in there if name not in tree] == []
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 175 and len(README.split()) <= 1700

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rewards import (accuracy_reward, extract_answer, format_reward, grade, length_bonus, lenient_choice, lenient_number,
-                     relative_accuracy, word_error_rate)
+from rewards import (accuracy_reward, extract_answer, format_reward, grade, length_bonus,
+                     lenient_choice, lenient_number, relative_accuracy, word_error_rate)
 
 
 def tagged(text):
@@ -13,7 +13,7 @@ def tagged(text):
     ("<think>x</think><answer>B</answer>", "B"),
     ("<answer>\n B \n</answer>", "B"),
     ("<answer>A</answer> or <answer>B</answer>", "A"),                      # the first counts
-    ("<think>so <answer>A</answer>?</think><answer>B</answer>", "A"),       # also inside the reasoning
+    ("<think>so <answer>A</answer>?</think><answer>B</answer>", "A"),  # also inside the reasoning
     ("<answer>two\nlines</answer>", "two\nlines"),
     ("no tags: B", ""), ("<answer>B", ""), ("", ""),
 ])
@@ -22,25 +22,32 @@ def test_extract_answer(text, answer):
 
 
 @pytest.mark.parametrize("kind, answer, solution, reward", [
-    ("multiple choice", "B", "B", 1.0), ("multiple choice", " B ", "B", 1.0), ("multiple choice", "B.", "B", 0.0),
+    ("multiple choice", "B", "B", 1.0), ("multiple choice", " B ", "B", 1.0),
+    ("multiple choice", "B.", "B", 0.0),
     ("multiple choice", "b", "B", 0.0), ("multiple choice", "C", "B", 0.0),
     ("numerical", "3.50", "3.5", 1.0), ("numerical", "3", "3.0", 0.0), ("numerical", "3", "3", 1.0),
-    ("numerical", "1,234", "1234.00", 1.0), ("numerical", "1234", "1,234", 0.0), ("numerical", "3.141", "3.142", 1.0),
-    ("numerical", "3.15", "3.14", 0.0), ("numerical", "three", "3", 0.0), ("numerical", "nan", "3", 0.0),
+    ("numerical", "1,234", "1234.00", 1.0), ("numerical", "1234", "1,234", 0.0),
+    ("numerical", "3.141", "3.142", 1.0),
+    ("numerical", "3.15", "3.14", 0.0), ("numerical", "three", "3", 0.0),
+    ("numerical", "nan", "3", 0.0),
     ("OCR", "the red car", "the red car", 1.0), ("OCR", "the blue car", "the red car", 2 / 3),
     ("OCR", "a b c d e f", "red", 0.0), ("OCR", "the car", "the red car", 2 / 3),
     ("free-form", "the cat sat", "the cat sat", 1.0), ("free-form", "dogs", "the cat sat", 0.0),
-    ("regression", "9", "10", 0.9), ("regression", "10", "10", 1.0), ("regression", "25", "10", 0.0),
+    ("regression", "9", "10", 0.9), ("regression", "10", "10", 1.0),
+    ("regression", "25", "10", 0.0),
     ("regression", "1,000", "1000", 1.0), ("regression", "ten", "10", 0.0),
 ])
 def test_accuracy(kind, answer, solution, reward):
-    assert accuracy_reward(tagged(answer), f"<answer>{solution}</answer>", kind) == pytest.approx(reward, abs=1e-6)
+    got = accuracy_reward(tagged(answer), f"<answer>{solution}</answer>", kind)
+    assert got == pytest.approx(reward, abs=1e-6)
 
 
 def test_free_form_is_the_mean_of_three_rouge_scores():
     # "a b" against "a c": ROUGE-1 F1 1/2, ROUGE-2 F1 0, ROUGE-L F1 1/2
-    assert accuracy_reward(tagged("alpha beta"), "<answer>alpha gamma</answer>", "free-form") == pytest.approx(1 / 3)
-    assert accuracy_reward(tagged("running cats"), "<answer>run cat</answer>", "free-form") == pytest.approx(1.0)   # stemming
+    got = accuracy_reward(tagged("alpha beta"), "<answer>alpha gamma</answer>", "free-form")
+    assert got == pytest.approx(1 / 3)
+    got = accuracy_reward(tagged("running cats"), "<answer>run cat</answer>", "free-form")
+    assert got == pytest.approx(1.0)                            # stemming
 
 
 def test_no_tags_earn_nothing_and_unknown_types_fail():
@@ -53,44 +60,69 @@ def test_no_tags_earn_nothing_and_unknown_types_fail():
 def test_word_error_rate_by_hand():
     assert word_error_rate("a b c", "a b c") == 0
     assert word_error_rate("a b c d", "a x c") == 0.5           # one substitution, one deletion
-    assert word_error_rate("a", "a b c") == 2.0                 # insertions can exceed the reference
+    assert word_error_rate("a", "a b c") == 2.0  # insertions can exceed the reference
     assert word_error_rate("", "a") == 1.0
 
 
-@pytest.mark.parametrize("text, reward", [
-    ("<think>a</think><answer>B</answer>", 1), ("<think>a</think>\n <answer>B</answer>", 1), ("<think>a\nb</think><answer></answer>", 1),
-    ("<think>a</think>B<answer>B</answer>", 0), ("<answer>B</answer>", 0), ("<think>a</think>", 0), ("", 0),
-    ("x<think>a</think><answer>B</answer>", 0), ("<think>a</think><answer>B</answer>x", 0),
-    ("<think>a</think><answer>B</answer><answer>C</answer>", 0), ("<think>a <answer>B</answer></think><answer>C</answer>", 0),
+@pytest.mark.parametrize("text, strict, released", [
+    ("<think>a</think><answer>B</answer>", 1, 1),
+    ("<think>a</think>\n <answer>B</answer>", 1, 1),
+    ("<think>a\nb</think><answer></answer>", 1, 1),
+    ("<think>a</think>B<answer>B</answer>", 0, 0),
+    ("<answer>B</answer>", 0, 0), ("<think>a</think>", 0, 0), ("", 0, 0),
+    ("x<think>a</think><answer>B</answer>", 0, 0),
+    ("<think>a</think><answer>B</answer>x", 0, 0),
+    ("<think>a</think><answer>B</answer><answer>C</answer>", 0, 1),  # .*? runs on to the last tag
+    ("<think>a <answer>B</answer></think><answer>C</answer>", 0, 1),
+    ("<think>a</think>b</think><answer>B</answer>", 0, 1),
 ])
-def test_format(text, reward):
-    assert format_reward(text) == reward
+def test_format(text, strict, released):
+    assert format_reward(text) == format_reward(text, pattern="strict") == strict
+    assert format_reward(text, pattern="released") == released
+
+
+def test_an_unknown_format_pattern_fails():
+    with pytest.raises(ValueError, match="loose.*known: strict, released"):
+        format_reward("", pattern="loose")
 
 
 def test_length_bonus():
-    accuracy, lengths = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]), torch.tensor([320, 512, 513, 400, 319])
+    accuracy = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
+    lengths = torch.tensor([320, 512, 513, 400, 319])
     assert torch.allclose(length_bonus(accuracy, lengths), torch.tensor([0.2, 0.2, 0, 0, 0]))
-    assert (length_bonus(torch.tensor([1.0, 0.0]), torch.tensor([400, 400])) == 0).all()    # only one is correct
-    assert length_bonus(torch.tensor([0.6, 0.05, 0.3]), torch.tensor([400, 400, 100])).tolist() == pytest.approx([0.2, 0, 0])
+    lone = length_bonus(torch.tensor([1.0, 0.0]), torch.tensor([400, 400]))
+    assert (lone == 0).all()                                    # only one is correct
+    graded = length_bonus(torch.tensor([0.6, 0.05, 0.3]), torch.tensor([400, 400, 100]))
+    assert graded.tolist() == pytest.approx([0.2, 0, 0])
 
 
 OPTIONS = ["A. Cats sleep", "B. Dogs run", "C. Fish swim", "D. a"]
 
 
 @pytest.mark.parametrize("output, letter", [
-    ("<answer>B</answer>", "B"), ("<answer>B.</answer>", "B"), ("<answer>(B)</answer>", "B"), ("<answer>b</answer>", "B"),
-    ("<answer>[B]</answer>", "B"), ("<answer>B)</answer>", "B"), ("<answer>**B**</answer>", "B"), ("<answer> B </answer>", "B"),
-    (r"<answer>\boxed{B}</answer>", "B"), (r"The result is \boxed{\text{B}}.", "B"), (r"\boxed{A} no, \boxed{B}", "B"),
-    ("<answer>B. Dogs run</answer>", "B"), ("<answer>B: Dogs run</answer>", "B"), ("<answer>(B) Dogs run fast</answer>", "B"),
+    ("<answer>B</answer>", "B"), ("<answer>B.</answer>", "B"), ("<answer>(B)</answer>", "B"),
+    ("<answer>b</answer>", "B"),
+    ("<answer>[B]</answer>", "B"), ("<answer>B)</answer>", "B"), ("<answer>**B**</answer>", "B"),
+    ("<answer> B </answer>", "B"),
+    (r"<answer>\boxed{B}</answer>", "B"), (r"The result is \boxed{\text{B}}.", "B"),
+    (r"\boxed{A} no, \boxed{B}", "B"),
+    ("<answer>B. Dogs run</answer>", "B"), ("<answer>B: Dogs run</answer>", "B"),
+    ("<answer>(B) Dogs run fast</answer>", "B"),
     ("<answer>Dogs run</answer>", "B"), ("<answer>dogs run.</answer>", "B"),
-    ("The answer is B", "B"), ("the answer is (B).", "B"), ("Answer: B", "B"), ("I choose option B", "B"),
-    ("b) Dogs run", "B"), ("B - Dogs run", "B"), ("A. is wrong because cats sleep; the answer is B", "B"),
-    ("The answer is A. No, the answer is B.", "B"), ("<answer>The correct option is B</answer>", "B"),
+    ("The answer is B", "B"), ("the answer is (B).", "B"), ("Answer: B", "B"),
+    ("I choose option B", "B"),
+    ("b) Dogs run", "B"), ("B - Dogs run", "B"),
+    ("A. is wrong because cats sleep; the answer is B", "B"),
+    ("The answer is A. No, the answer is B.", "B"),
+    ("<answer>The correct option is B</answer>", "B"),
     ("<answer>A</answer> wait, <answer>B</answer>", "B"), ("<think>perhaps A</think>B", "B"),
     ("<think><answer>A</answer>?</think><answer>B</answer>", "B"),
-    ("<answer>Candles</answer>", None), ("<answer>a dog</answer>", None), ("The answer is a dog", None),
-    ("The answer is A dog", None), ("<answer>E</answer>", None), ("<answer></answer>", None), ("", None),
-    ("<answer>A and B</answer>", None), ("Because of this I think so", None), ("<answer>Bees</answer>", None),
+    ("<answer>Candles</answer>", None), ("<answer>a dog</answer>", None),
+    ("The answer is a dog", None),
+    ("The answer is A dog", None), ("<answer>E</answer>", None), ("<answer></answer>", None),
+    ("", None),
+    ("<answer>A and B</answer>", None), ("Because of this I think so", None),
+    ("<answer>Bees</answer>", None),
     ("A man walks a dog", None), ("<answer>12</answer>", None), ("Band A played", None),
 ])
 def test_lenient_choice(output, letter):
@@ -99,14 +131,18 @@ def test_lenient_choice(output, letter):
 
 def test_lenient_choice_without_options_or_with_repeated_ones():
     assert lenient_choice("<answer>(g)</answer>", []) == "G"
-    assert lenient_choice("<answer>same</answer>", ["A. same", "B. same"]) is None      # the text does not decide
+    # the text does not decide
+    assert lenient_choice("<answer>same</answer>", ["A. same", "B. same"]) is None
 
 
 @pytest.mark.parametrize("output, number", [
-    ("<answer>3.50 m</answer>", 3.5), ("<answer>1,234</answer>", 1234), ("<answer>$1,234.50</answer>", 1234.5),
-    ("<answer>-3</answer>", -3), ("<answer>50%</answer>", 50), ("<answer>.5</answer>", 0.5), ("It is 7", 7),
+    ("<answer>3.50 m</answer>", 3.5), ("<answer>1,234</answer>", 1234),
+    ("<answer>$1,234.50</answer>", 1234.5),
+    ("<answer>-3</answer>", -3), ("<answer>50%</answer>", 50), ("<answer>.5</answer>", 0.5),
+    ("It is 7", 7),
     ("<answer>5 m^2</answer>", 5), ("<answer>5 m2</answer>", 5), ("<answer>3 s^-1</answer>", 3),
-    ("<answer>12 or 13</answer>", None), ("<answer>twelve</answer>", None), ("<answer>7 is 7.0</answer>", 7),
+    ("<answer>12 or 13</answer>", None), ("<answer>twelve</answer>", None),
+    ("<answer>7 is 7.0</answer>", 7),
     (r"<answer>2 + 2 = \boxed{4}</answer>", 4), ("<think>1 2 3</think>4", 4),
 ])
 def test_lenient_number(output, number):
@@ -115,13 +151,14 @@ def test_lenient_number(output, number):
 
 def test_relative_accuracy_counts_thresholds():
     assert relative_accuracy(10, 10) == 1.0
-    assert relative_accuracy(11, 10) == pytest.approx(0.8)      # error 0.1 < 0.5, 0.45 .. 0.15, not < 0.1, 0.05
+    # error 0.1 < 0.5, 0.45 .. 0.15, not < 0.1, 0.05
+    assert relative_accuracy(11, 10) == pytest.approx(0.8)
     assert relative_accuracy(16, 10) == 0.0 and relative_accuracy(None, 10) == 0.0
 
 
 @pytest.mark.parametrize("output, solution, kind, strict, lenient, parsed", [
     ("<answer>B</answer>", "<answer>B</answer>", "multiple choice", 1, 1, True),
-    ("B", "<answer>B</answer>", "multiple choice", 1, 1, True),                             # no tags: the whole output
+    ("B", "<answer>B</answer>", "multiple choice", 1, 1, True),  # no tags: the whole output
     ("<answer>B.</answer>", "<answer>B</answer>", "multiple choice", 0, 1, True),
     ("<answer>A</answer><answer>B</answer>", "<answer>B</answer>", "multiple choice", 0, 1, True),
     ("<answer>A</answer><answer>B</answer>", "<answer>A</answer>", "multiple choice", 1, 0, True),
@@ -132,4 +169,5 @@ def test_relative_accuracy_counts_thresholds():
     ("<answer>the red car</answer>", "<answer>the red car</answer>", "OCR", 1, 1, True),
 ])
 def test_grade(output, solution, kind, strict, lenient, parsed):
-    assert grade(output, solution, kind, OPTIONS) == (pytest.approx(strict), pytest.approx(lenient), parsed)
+    expected = (pytest.approx(strict), pytest.approx(lenient), parsed)
+    assert grade(output, solution, kind, OPTIONS) == expected

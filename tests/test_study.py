@@ -1,4 +1,4 @@
-"""The study: its tables by hand, one small study for real, and the gradient analysis against the plain model."""
+"""The study: statistics and tables by hand, a small study for real, gradients by plain means."""
 
 import json
 import math
@@ -9,89 +9,171 @@ import pytest
 import torch
 from conftest import plain_logp
 
-from lab import study
+from lab import gradients, stats, study
+from lab.stats import detectable, holm, interval, p_value, quantile
+from lab.study import make_table, outcome
 from policy import sample
-from lab.study import gradient_analysis, interval, outcome, print_table
+from run.options import parse
 
 SECONDS = 0.5
+REWARDS = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0)
 
 
-def hand_made(out, name, seed, accuracy, rewards=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0)):
+def hand_made(out, name, seed, accuracy, rewards=REWARDS):
     """A finished run of ten steps with this test accuracy."""
-    run = out / name.replace("/", "per-") / f"seed-{seed}"
+    run = study.folder_of(out, name, seed)
     (run / "after").mkdir(parents=True)
-    rows = [{"step": i + 1, "reward": r, "accuracy": i / 10, "kl": 0.01 * i, "grad_norm": 1.0 * i, "key_share": 0.45, "seconds": SECONDS}
-            for i, r in enumerate(rewards)]
+    rows = [{"step": i + 1, "reward": r, "accuracy": i / 10, "kl": 0.01 * i, "grad_norm": 1.0 * i,
+             "key_share": 0.45, "seconds": SECONDS} for i, r in enumerate(rewards)]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "after" / "scores.json").write_text(json.dumps({"scores": {"all": {"strict": accuracy, "n": 100}}}))
+    scores = {"scores": {"all": {"strict": accuracy, "n": 100}}}
+    (run / "after" / "scores.json").write_text(json.dumps(scores))
     return run
 
 
-def test_interval_by_hand():
-    assert interval([2.0, 4.0, 9.0]) == (5.0, pytest.approx(4.30 * math.sqrt(13 / 3)))          # variance (9 + 1 + 16) / 2
-    mean, half = interval([3.0])
-    assert mean == 3.0 and math.isnan(half)                                 # one seed says nothing about the others
+# --------------------------------------------------------------------------------------- statistics
+def test_quantiles_are_those_of_the_tables():
+    """Student's t as printed tables have it, odd and even, small and large."""
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 19: 2.093, 20: 2.086,
+               29: 2.045, 30: 2.042, 60: 2.000, 120: 1.980}
+    for df, t in printed.items():
+        assert quantile(0.975, df) == pytest.approx(t, abs=6e-4), df
+    assert quantile(0.995, 4) == pytest.approx(4.604, abs=6e-4)
+    assert quantile(0.8, 2) == pytest.approx(1.061, abs=6e-4)
+    assert quantile(0.975, 10_000) == pytest.approx(1.960, abs=6e-4)        # the normal's
+
+
+def test_probabilities_agree_with_the_density():
+    """The finite sums against the density, integrated numerically."""
+    for df in (1, 2, 5, 8, 31):
+        x = torch.linspace(-1.7, 1.7, 20_001, dtype=torch.float64)
+        log_norm = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+        density = math.exp(log_norm) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+        assert stats.inside(1.7, df) == pytest.approx(torch.trapezoid(density, x).item(), rel=1e-6)
+
+
+def test_interval_and_p_by_hand():
+    half = 4.3027 * math.sqrt(13 / 3)                   # variance (9 + 1 + 16) / 2, over 3
+    assert interval([2.0, 4.0, 9.0]) == (5.0, pytest.approx(half, rel=1e-4))
     assert interval([1.0, 1.0, 1.0, 1.0, 1.0]) == (1.0, 0.0)
-    assert interval([0.0, 2.0] * 15)[1] == pytest.approx(2.045 / math.sqrt(29), rel=0.03)       # more seeds than the table has
+    assert math.isnan(interval([3.0])[1])               # one seed says nothing about the others
+    more = interval([0.0, 2.0] * 15)[1]
+    assert more == pytest.approx(2.0452 * math.sqrt(30 / 29) / math.sqrt(30), rel=1e-4)
+    # two pairs: t is Cauchy, P(|T| > t) = 1 - 2 atan(t) / pi; mean 2, error 1
+    assert p_value([1.0, 3.0]) == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+    assert p_value([1.0, 1.0]) == 0 and p_value([0.0, 0.0]) == 1 and math.isnan(p_value([1.0]))
+    # where the mean is as far from 0 as its interval reaches, p is 5%
+    values = [x - 5.0 + half for x in (2.0, 4.0, 9.0)]
+    assert p_value(values) == pytest.approx(0.05, rel=1e-4)
 
 
+def test_holm_by_hand():
+    """0.01 x 4; 0.02 x 3; 0.03 x 2 = 0.06, no less than the one before; 0.5."""
+    p = {"a": 0.03, "b": 0.01, "c": 0.5, "d": 0.02}
+    assert holm(p) == pytest.approx({"b": 0.04, "d": 0.06, "a": 0.06, "c": 0.5})
+    assert holm({"a": 0.4, "b": 0.7}) == pytest.approx({"a": 0.8, "b": 0.8})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+    assert all(math.isnan(x) for x in holm({"a": math.nan, "b": math.nan}).values())
+
+
+def test_the_detectable_difference_is_detected_as_often_as_it_says():
+    """80% of simulated studies with ten seeds see it; at a corrected level it is larger."""
+    draws = torch.randn(20_000, 10, generator=torch.Generator().manual_seed(0))
+    draws = 3 * draws + detectable(3.0, 10)
+    t = draws.mean(1) / (draws.std(1) / math.sqrt(10))
+    assert (t.abs() > quantile(0.975, 9)).float().mean().item() == pytest.approx(0.8, abs=0.012)
+    assert detectable(3.0, 10, level=0.05 / 21) > 1.5 * detectable(3.0, 10)
+
+
+# ------------------------------------------------------------------------------------------- table
 def test_outcome_by_hand(tmp_path):
-    got = outcome(hand_made(tmp_path, "GRPO", 0, 0.62))                     # late: the last fifth, two of ten steps
-    assert got == pytest.approx({"accuracy": 62, "reward": 1.5, "learning": 45, "kl": 0.085, "grad": 8.5, "share": 45, "seconds": 5})
+    got = outcome(hand_made(tmp_path, "GRPO", 0, 0.62))     # late: the last fifth, two of ten steps
+    assert got == pytest.approx({"accuracy": 62, "reward": 1.5, "learning": 45, "kl": 0.085,
+                                 "grad": 8.5, "share": 45, "seconds": 10 * SECONDS})
     short = hand_made(tmp_path, "GRPO", 1, 0.62, rewards=(0.0, 3.0))
-    assert outcome(short)["reward"] == 3                                    # of fewer than five steps, the last
+    assert outcome(short)["reward"] == 3                # of fewer than five steps, the last
 
 
 def test_the_paired_table_by_hand(tmp_path, capsys):
-    """Differences are taken seed by seed: their interval is far narrower than that of the accuracies."""
-    accuracies = {"GRPO": (0.50, 0.60, 0.70), "random 45%": (0.50, 0.62, 0.73), "KTR /selected": (0.54, 0.65, 0.73)}
+    """Differences are taken seed by seed: their interval is far narrower than the accuracies'."""
+    accuracies = {"GRPO": (0.50, 0.60, 0.70), "random 45%": (0.50, 0.62, 0.73),
+                  "KTR /selected": (0.54, 0.65, 0.73)}
     for name, values in accuracies.items():
         for seed, value in enumerate(values):
             hand_made(tmp_path, name, seed, value)
-    table = print_table({name: "" for name in accuracies}, Namespace(out=str(tmp_path), seeds=3))
-    assert table["GRPO"]["accuracy"] == pytest.approx((60, 4.30 * 10 / math.sqrt(3)))
-    mine = table["KTR /selected"]                                           # minus GRPO: 4, 5, 3; minus random: 4, 3, 0
-    assert mine["minus GRPO"] == pytest.approx((4, 4.30 / math.sqrt(3)))
-    assert mine["minus random 45%"] == pytest.approx((7 / 3, 4.30 * math.sqrt(13 / 3) / math.sqrt(3)))
-    assert table["random 45%"]["minus GRPO"] == pytest.approx((5 / 3, 4.30 * math.sqrt(7 / 3) / math.sqrt(3)))      # 0, 2, 3
-    assert table["GRPO"]["minus GRPO"] == (0, 0)
+    table = make_table(dict.fromkeys(accuracies, ""), Namespace(out=str(tmp_path), seeds=3))
+
+    def expected(mean, variance):
+        return pytest.approx((mean, 4.3027 * math.sqrt(variance / 3)), rel=1e-4)
+    mine, chance = table["KTR /selected"], table["random 45%"]
+    assert table["GRPO"]["accuracy"] == expected(60, 100)
+    assert mine["minus GRPO"] == expected(4, 1)                     # 4, 5, 3
+    assert mine["minus random 45%"] == expected(7 / 3, 13 / 3)      # 4, 3, 0
+    assert chance["minus GRPO"] == expected(5 / 3, 7 / 3)           # 0, 2, 3
+    assert "minus GRPO" not in table["GRPO"]
+    # with two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t^2); two rules meet GRPO
+    t = [4 * math.sqrt(3), 5 / 3 / math.sqrt(7 / 9)]
+    p = [1 - x / math.sqrt(2 + x * x) for x in t]
+    assert mine["p minus GRPO"] == pytest.approx(2 * p[0])
+    assert chance["p minus GRPO"] == pytest.approx(p[1])
+    assert chance["p learning minus GRPO"] == 1
+
     printed = capsys.readouterr().out
     line = next(x for x in printed.splitlines() if x.startswith("KTR /selected"))
-    assert line.split()[2:8] == ["64.0", "+-", "23.7", "+4.0", "+-", "2.5"]
-    # power: 4.30 (95%) + 1.06 (80%), times median deviation / sqrt 3; deviations sqrt 7/3 (twice), 1, sqrt 13/3
-    assert f"difference of {(4.30 + 1.06) * math.sqrt(7 / 3) / math.sqrt(3):.1f} points" in printed
+    wanted = ["64.0", "+-", "23.7", "+4.0", "+-", "2.5", "p", f"{2 * p[0]:.3f}"]
+    assert line.split()[2:10] == wanted
+    # median deviation of the two differences from GRPO: of sqrt 7/3 and 1
+    noise = (math.sqrt(7 / 3) + 1) / 2
+    alone, among = detectable(noise, 3), detectable(noise, 3, 0.025)
+    assert f"minus GRPO: {alone:.1f} points alone, {among:.1f} among 2" in printed
+    assert "Holm" in printed
 
 
+def test_one_seed_has_a_table_without_intervals(tmp_path, capsys):
+    for name in ("GRPO", "visual"):
+        hand_made(tmp_path, name, 0, 0.5)
+    table = make_table({"GRPO": "", "visual": ""}, Namespace(out=str(tmp_path), seeds=1))
+    assert table["visual"]["minus GRPO"][0] == 0 and math.isnan(table["visual"]["minus GRPO"][1])
+    assert "power" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- runs
 def run_study(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["study.py", *map(str, arguments)])
     return study.main()
 
 
 def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch):
-    """Your own rule is trained and tested on both seeds; what was there (GRPO) is left alone; a rerun does nothing."""
+    """Your own rule is trained and tested; what was there is left alone; a rerun does nothing."""
+    options = "--signals random --ratio 0.3 --G 4 --max_new_tokens 8"
     for seed in range(2):
         hand_made(tmp_path, "GRPO", seed, 0.25, rewards=(0.0, 1.0))
-    command = ["--only", "GRPO", "--add", "mine=--signals random --ratio 0.3 --G 4 --max_new_tokens 8", "--seeds", 2, "--steps", 2,
+    hand_made(tmp_path, "mine", 0, 0.5, rewards=(0.0, 1.0))
+    command = ["--only", "GRPO", "--add", f"mine={options}", "--seeds", 2, "--steps", 2,
                "--world", world, "--model", checkpoint_folder, "--out", tmp_path]
-    kept = (tmp_path / "GRPO" / "seed-0" / "log.jsonl").stat().st_mtime_ns
+    kept = [tmp_path / "GRPO" / "seed-0" / "log.jsonl", tmp_path / "mine" / "seed-0" / "log.jsonl"]
+    times = [path.stat().st_mtime_ns for path in kept]
     run_study(monkeypatch, *command, "--jobs", 2)
-    for seed in range(2):
-        run = tmp_path / "mine" / f"seed-{seed}"
-        options = json.loads((run / "options.json").read_text())
-        assert [options[name] for name in ("signals", "ratio", "seed", "lr", "max_steps")] == [["random"], 0.3, seed, 1e-4, 2]
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in log] == [1, 2] and all(row["prompts"] == 4 and 0.3 <= row["key_share"] < 0.36 for row in log)
-        assert json.loads((run / "after" / "scores.json").read_text())["scores"]["all"]["n"] == 24
+    run = tmp_path / "mine" / "seed-1"
+    found = json.loads((run / "options.json").read_text())
+    names = ("signals", "ratio", "seed", "lr", "max_steps")
+    assert [found[name] for name in names] == [["random"], 0.3, 1, 1e-4, 2]
+    log = study.read_log(run)
+    assert [row["step"] for row in log] == [1, 2]
+    assert all(row["prompts"] == 4 and 0.3 <= row["key_share"] < 0.36 for row in log)
+    assert json.loads((run / "after" / "scores.json").read_text())["scores"]["all"]["n"] == 24
     saved = json.loads((tmp_path / "table.json").read_text())
-    assert set(saved["table"]) == {"GRPO", "mine"} and saved["variants"]["mine"].startswith("--signals random")
+    assert set(saved["table"]) == {"GRPO", "mine"} and saved["variants"]["mine"] == options
     assert saved["table"]["GRPO"]["accuracy"] == [25.0, 0.0]
-    mine = [outcome(tmp_path / "mine" / f"seed-{seed}")["accuracy"] for seed in range(2)]
-    assert saved["table"]["mine"]["minus GRPO"] == pytest.approx(interval([x - 25 for x in mine]))
-    assert (tmp_path / "GRPO" / "seed-0" / "log.jsonl").stat().st_mtime_ns == kept
+    differences = [25.0, outcome(run)["accuracy"] - 25]
+    assert saved["table"]["mine"]["minus GRPO"] == pytest.approx(interval(differences))
+    assert [path.stat().st_mtime_ns for path in kept] == times
 
-    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: pytest.fail(f"started again: {a}"))
+    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: pytest.fail(f"started: {a}"))
     run_study(monkeypatch, *command)
     assert json.loads((tmp_path / "table.json").read_text())["table"] == saved["table"]
+    with pytest.raises(RuntimeError, match="seed-1 holds a run under other options"):
+        run_study(monkeypatch, *command, "--steps", 3)
 
 
 def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatch):
@@ -99,45 +181,63 @@ def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatc
         return Namespace(returncode=1, stdout="", stderr="error: something")
     monkeypatch.setattr(study.subprocess, "run", broken)
     hand_made(tmp_path, "GRPO", 0, 0.5)
-    with pytest.raises(RuntimeError, match=r"(?s)mine, seed 0: .*ktr.py.*--signals mine.*error: something"):
-        run_study(monkeypatch, "--only", "GRPO", "--add", "mine=--signals mine", "--seeds", 1, "--world", world, "--out", tmp_path)
+    told = r"(?s)mine, seed 0: .*ktr.py.*--signals mine.*error: something"
+    with pytest.raises(RuntimeError, match=told):
+        run_study(monkeypatch, "--only", "GRPO", "--add", "mine=--signals mine", "--seeds", 1,
+                  "--world", world, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [["--only", "GRPOO"], ["--add", "mine"], ["--seeds", "0"]])
+def test_wrong_options_are_refused(wrong, monkeypatch):
     with pytest.raises(SystemExit):
-        run_study(monkeypatch, "--only", "GRPOO")
+        run_study(monkeypatch, *wrong)
 
 
 def test_every_variant_is_a_valid_command_line():
-    from run.options import parse
     for name, options in study.VARIANTS.items():
         o = parse(["--model", "m", "--data", "d", *study.shlex.split(options)])
-        assert (o.signals == ["visual", "temporal", "entropy"]) == name.startswith(("Video-KTR", "KTR")), name
+        all_three = o.signals == ["visual", "temporal", "entropy"]
+        assert all_three == name.startswith(("Video-KTR", "KTR")), name
 
 
 # ---------------------------------------------------------------------------------------- gradients
 def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, world, monkeypatch):
-    """One question: |key| cos(key) + |other| cos(other) is the norm of the whole gradient, which the plain model gives too."""
-    monkeypatch.setattr(study, "accuracy_reward", lambda text, *_: float(len(text) % 3))
-    monkeypatch.setattr(study, "format_reward", lambda text: 0.0)
+    """One question: |key| cos(key) + |other| cos(other) is the norm of the whole gradient, which
+    the plain model gives too."""
+    monkeypatch.setattr(gradients, "accuracy_reward", lambda text, *_: float(len(text) % 3))
+    monkeypatch.setattr(gradients, "format_reward", lambda text: 0.0)
     seen = []
 
     def short(model, prompts, G, limit, seeds):
-        seen.append((prompts, sample(model, prompts, G, 12, seeds=seeds)))
-        return seen[0][1]
-    monkeypatch.setattr(study, "sample", short)
-    got = gradient_analysis(str(checkpoint_folder), Namespace(world=str(world)), questions=1, G=4)
+        seen.extend([*prompts, *sample(model, prompts, G, 12, seeds=seeds)])
+        return seen[1:]
+    monkeypatch.setattr(gradients, "sample", short)
+    got = gradients.gradient_analysis(str(checkpoint_folder), str(world), questions=1, G=4)
 
-    (((prompt,), (group,)),) = seen
+    prompt, group = seen
     assert prompt.kind == "video"
-    rewards = [len(tiny[1].tokenizer.decode(ids[:n], skip_special_tokens=True)) % 3 for ids, n in zip(group.ids, group.lengths)]
-    mean, deviation = torch.tensor(rewards).float().mean().item(), torch.tensor(rewards).float().std().item()
-    assert deviation > 0                                                    # or the question tells nothing
+    rows = [ids[:n] for ids, n in zip(group.ids, group.lengths)]
+    texts = [tiny[1].tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    rewards = torch.tensor([float(len(text) % 3) for text in texts])
+    assert rewards.std() > 0                            # or the question tells nothing
     losses = []
-    for ids, n, reward in zip(group.ids, group.lengths, rewards):
-        logp = plain_logp(plain, prompt, ids[:n]).gather(-1, ids[:n, None])[:, 0]
-        losses.append(-(reward - mean) / (deviation + 1e-4) * logp.mean())
-    parts = torch.autograd.grad(sum(losses), list(plain.model.language_model.layers[-1].parameters()))
+    for row, advantage in zip(rows, (rewards - rewards.mean()) / (rewards.std() + 1e-4)):
+        logp = plain_logp(plain, prompt, row).gather(-1, row[:, None])[:, 0]
+        losses.append(-advantage * logp.mean())
+    last = list(plain.model.language_model.layers[-1].parameters())
+    parts = torch.autograd.grad(sum(losses), last)
     whole = torch.cat([g.flatten() for g in parts]).norm().item()
     for rule, row in got["gradients"].items():
         assert row["key"] > 0 and row["other"] > 0
-        assert row["key"] * row["cosine key"] + row["other"] * row["cosine other"] == pytest.approx(whole, rel=1e-3), rule
+        found = row["key"] * row["cosine key"] + row["other"] * row["cosine other"]
+        assert found == pytest.approx(whole, rel=1e-3), rule
     assert got["gradients"]["Video-KTR"] != got["gradients"]["random 45%"]
-    assert got["loss variance"]["GRPO"] == pytest.approx(torch.stack(losses).var().item(), rel=1e-3)
+    variance = torch.stack(losses).var().item()
+    assert got["loss variance"]["GRPO"] == pytest.approx(variance, rel=1e-3)
+
+
+def test_a_checkpoint_without_a_gradient_is_told(checkpoint_folder, world, monkeypatch):
+    monkeypatch.setattr(gradients, "accuracy_reward", lambda *_: 0.0)
+    monkeypatch.setattr(gradients, "format_reward", lambda text: 0.0)
+    with pytest.raises(SystemExit, match="in all 1 groups the completions earn alike"):
+        gradients.gradient_analysis(str(checkpoint_folder), str(world), questions=1, G=2)

@@ -1,0 +1,97 @@
+"""Attribution against the truth: what each signal's top tokens are, in a world where that is known.
+
+A look is a signal and how it looks. For each: of the tokens that it chose (top r of a group), the
+share of visual, temporal, answer and filler words (toy.token_class; for a signal's own class this
+is its precision), the part of the known words that it found (recall), and where in the completion
+its choices stand. `random` and `all` are the controls.
+
+    python -m lab.toy attribution --model DIR --data WORLD
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attribution import Rollout, attribute
+from data import Prompts, read_records
+from lab.toy import token_class
+from policy import load, sample, score_groups
+from run.options import Options
+
+CLASSES = ("visual", "temporal", "answer", "filler")
+LOOKS = {       # its name: the options that differ
+    "visual": {}, "visual, zeroed": {"masking": "zero"}, "visual, signed": {"shift": "signed"},
+    "temporal": {}, "temporal, reversed": {"order": "reverse"},
+    "temporal, blocks": {"order": "blocks"}, "temporal, signed": {"shift": "signed"},
+    "entropy": {}, "random": {}, "all": {},
+}
+
+
+def classes_and_places(group, tokenizer) -> tuple[Tensor, Tensor]:
+    """(n,) number of the class in CLASSES and (n,) place, 0 the first token and 1 the last, of a
+    group's n valid tokens, row by row."""
+    classes, places = [], []
+    for ids, n in zip(group.ids.tolist(), group.lengths):
+        words = [tokenizer.decode([i]) for i in ids[:n]]
+        for t in range(n):
+            classes.append(CLASSES.index(token_class(words, t)))
+            places.append(t / max(1, n - 1))
+    return torch.tensor(classes), torch.tensor(places)
+
+
+def share(mask: Tensor) -> float:
+    return mask.float().mean().item()
+
+
+def attribution_table(model_name: str, world: Path, questions: int = 64, G: int = 4,
+                      ratio: float = 0.2) -> dict:
+    """Print and return {look: {"share": {class: ..}, "recall": {"visual": .., "temporal": ..},
+    "place": ..}}, and under "overlap" the union of visual, temporal and entropy as a share of all
+    tokens, and of the union what 1, 2 or 3 of them chose. On clips of the world's test.json."""
+    model, processor = load(model_name)
+    records = [r for r in read_records(world / "test.json")[0] if r["data_type"] == "video"]
+    data = Prompts(records[:questions], world, processor)
+    prompts = [data[i] for i in range(len(data))]
+    groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
+    found, parts = [], {look: [] for look in LOOKS}
+    for i, (prompt, group) in enumerate(zip(prompts, groups)):
+        with torch.no_grad():
+            ((logp, entropy),) = score_groups(model, [prompt], [group])
+        for look, changes in LOOKS.items():
+            name = look.split(",")[0]
+            r = Rollout(prompt, group, seed=i)
+            r.logp, r.entropy = logp, entropy
+            attribute([r], Options(signals=[name], ratio=ratio, **changes), model)
+            parts[look].append(r.chosen[name][group.valid])
+        found.append(classes_and_places(group, processor.tokenizer))
+    classes, places = (torch.cat(x) for x in zip(*found))
+    masks = {look: torch.cat(part) for look, part in parts.items()}
+
+    table = {}
+    for look, mask in masks.items():
+        shares = {name: share(classes[mask] == i) for i, name in enumerate(CLASSES)}
+        recall = {name: share(mask[classes == i]) for i, name in enumerate(CLASSES[:2])}
+        table[look] = {"share": shares, "recall": recall, "place": places[mask].mean().item()}
+    times = masks["visual"].int() + masks["temporal"].int() + masks["entropy"].int()
+    union = times[times > 0]
+    several = {str(n): share(union == n) for n in (1, 2, 3)}
+    table["overlap"] = {"union": len(union) / len(times), **several}
+    print_table(table, ratio)
+    return table
+
+
+def print_table(table: dict, ratio: float) -> None:
+    heads = "".join(f"{name:>10}" for name in CLASSES)
+    print(f"top {ratio:.0%} by; place: 0 is the first token, 1 the last")
+    print(f"{'':20} what they are: {heads}    words found: visual  temporal    place")
+    for look in LOOKS:
+        row = table[look]
+        shares = "".join(f"{100 * x:9.1f}%" for x in row["share"].values())
+        visual, temporal = (100 * x for x in row["recall"].values())
+        recall = f"{visual:7.1f}% {temporal:8.1f}%"
+        print(f"{look:20} {'':15}{shares}  {'':12}{recall}   {row['place']:.2f}")
+    union, *several = table["overlap"].values()
+    one, two, three = (f"{part:.0%}" for part in several)
+    print(f"visual, temporal and entropy together choose {union:.1%} of the tokens; of these one "
+          f"signal alone chose {one}, two {two}, all three {three}")

@@ -1,0 +1,94 @@
+"""The paper's gradient analysis: how much of GRPO's gradient comes from the key tokens?
+
+At one checkpoint, for each question's group, the loss without clip and KL,
+    L = sum_i -A_i / |o_i| sum_t m_t logp(y_t),
+and its gradient in the language model's last layer with m = 1 on the key tokens, on the others, and
+on all: norms, cosines with the whole, and the variance over completions of what each rule leaves.
+
+    python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attribution import Rollout, attribute
+from data import Prompts, read_records
+from grpo import group_advantages
+from policy import Group, load, sample, score_groups
+from prompt import Processor, Prompt
+from rewards import accuracy_reward, format_reward
+from run.options import Options
+
+RULES = {"Video-KTR": Options(), "random 45%": Options(signals=["random"], ratio=0.45)}
+
+
+def advantages_of(prompt: Prompt, group: Group, processor: Processor) -> Tensor:
+    """(G,) from accuracy and format."""
+    record, rewards = prompt.record, []
+    for ids, n in zip(group.ids, group.lengths):
+        text = processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
+        accuracy = accuracy_reward(text, record["solution"], record["problem_type"])
+        rewards.append(accuracy + format_reward(text))
+    return group_advantages(torch.tensor(rewards))
+
+
+def gradient_of(losses: Tensor, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """mask (G, T) -> the last layer's flat gradient of the sum of the losses (G, T) under it."""
+    last = list(model.model.language_model.layers[-1].parameters())
+
+    def gradient(mask: Tensor) -> Tensor:
+        parts = torch.autograd.grad((losses * mask).sum(), last, retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+    return gradient
+
+
+def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int = 8) -> dict:
+    """Print and return {"gradients": {rule: means over groups}, "loss variance": {rule: ..}}, on
+    clips of the world's train.json. SystemExit if no group has unequal rewards."""
+    model, processor = load(model_name)
+    records = read_records(Path(world) / "train.json")[0]
+    clips = [record for record in records if record["data_type"] == "video"][:questions]
+    data = Prompts(clips, world, processor)
+    prompts = [data[i] for i in range(len(data))]
+    groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
+    rows = {rule: [] for rule in RULES}
+    losses = {rule: [] for rule in ("GRPO", *RULES)}
+    for i, (prompt, group) in enumerate(zip(prompts, groups)):
+        advantages = advantages_of(prompt, group, processor)
+        if not advantages.any():
+            continue
+        ((logp, entropy),) = score_groups(model, [prompt], [group])
+        tokens = -advantages[:, None] * logp / group.valid.sum(-1, keepdim=True)        # (G, T)
+        gradient = gradient_of(tokens, model)
+        whole = gradient(group.valid)
+        losses["GRPO"] += (tokens * group.valid).sum(-1).tolist()
+        for rule, o in RULES.items():
+            r = Rollout(prompt, group, seed=i)
+            r.logp, r.entropy = logp.detach(), entropy.detach()
+            attribute([r], o, model)
+            losses[rule] += (tokens * r.key_mask).sum(-1).tolist()
+            row = {}
+            for name, mask in (("key", r.key_mask), ("other", group.valid & ~r.key_mask)):
+                part = gradient(mask)
+                row[name] = part.norm().item()
+                row[f"cosine {name}"] = torch.cosine_similarity(part, whole, dim=0).item()
+            rows[rule].append(row)
+    if not losses["GRPO"]:
+        raise SystemExit(f"error: {model_name}: in all {len(groups)} groups the completions earn "
+                         "alike; there is no gradient to look at")
+
+    table = {}
+    for rule, found in rows.items():
+        table[rule] = {name: statistics.mean(row[name] for row in found) for name in found[0]}
+    variance = {rule: statistics.variance(values) for rule, values in losses.items()}
+    print(f"last layer's gradient, mean over {len(found)} groups with unequal rewards")
+    for rule, row in table.items():
+        print(f"{rule:12} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
+              f"cosine with the whole: {row['cosine key']:.3f}, {row['cosine other']:.3f}")
+    variances = [f"{rule} {value:.3f}" for rule, value in variance.items()]
+    print(f"variance of the loss: {', '.join(variances)}")
+    return {"gradients": table, "loss variance": variance}

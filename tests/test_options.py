@@ -1,0 +1,118 @@
+"""Options: choices that exist, values that are allowed, and one line for all others."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS
+from attribution import SIGNALS
+from policy import parts
+from run.options import ALLOWED, MAY_CHANGE, PARTS, PRESETS, Options, parse
+
+BASE = ["--model", "m", "--data", "folder/d.json"]
+
+
+def test_presets_and_single_options():
+    for name, values in PRESETS.items():
+        o = parse([*BASE, "--preset", name])
+        assert all(getattr(o, key) == value for key, value in values.items())
+    assert set(PRESETS["paper"]) == set(PRESETS["released"])
+    more = ["--preset", "released", "--shift", "abs", "--signals", "visual", "random"]
+    o = parse([*BASE, *more])
+    assert o.shift == "abs" and o.normalize == "selected" and o.signals == ["visual", "random"]
+    o = parse(BASE)
+    assert o.lr == 2e-6 and o.ratio == 0.2 and o.beta == 0.04 and o.videos == "folder"
+
+
+def test_the_paper_is_the_default():
+    assert parse(BASE) == Options(model="m", data="folder/d.json", videos="folder")
+
+
+def choices_of(name):
+    return Options.__dataclass_fields__[name].metadata["choices"]
+
+
+def test_choices_are_those_of_the_registries(tiny):
+    """Options cannot import what they name (imports point one way), so the names stand twice."""
+    assert choices_of("masking") == list(MASKINGS)
+    assert choices_of("order") == list(ORDERS)
+    assert choices_of("distance") == ["logp", *DISTANCES]
+    assert choices_of("weighting") == ["binary", *WEIGHTINGS]
+    assert set(Options().signals) <= set(SIGNALS)
+    assert list(parts(tiny[0])) == list(PARTS)
+
+
+def test_lists_of_names_name_options():
+    fields = Options.__dataclass_fields__
+    limited = [name for _, names in ALLOWED.values() for name in names.split()]
+    assert set(limited) <= set(fields) and len(set(limited)) == len(limited)
+    assert set(MAY_CHANGE) <= set(fields)
+    numbers = {name for name, f in fields.items() if f.type in (int, float)}
+    assert numbers - set(limited) == {"seed"}           # every other number has a limit
+
+
+def refusal(capsys, *arguments):
+    """The one line that ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        parse([*BASE, *arguments])
+    assert stop.value.code == 2
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert len(usage) == 1 and usage[0].startswith("usage: ktr.py")
+    return line
+
+
+@pytest.mark.parametrize("bad", [
+    ["--ratoi", "0.1"], ["--rati", "0.1"], ["--shift", "relative"], ["--preset", "theirs"],
+    ["--lr", "fast"]])
+def test_misspelt_options_fail(bad, capsys):
+    line = refusal(capsys, *bad)
+    assert "error" in line and bad[0] in line
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("top_p", "0", "above 0 and at most 1"), ("top_p", "1.5", "above 0 and at most 1"),
+    ("top_p", "nan", "above 0 and at most 1"), ("temperature", "-1", "above 0"),
+    ("temperature", "0", "above 0"), ("temperature", "inf", "above 0"),
+    ("prompts_per_step", "0", "1 or more"), ("G", "0", "2 or more"), ("G", "1", "2 or more"),
+    ("keep", "0", "1 or more"), ("max_new_tokens", "0", "1 or more"),
+    ("lr", "nan", "above 0"), ("lr", "0", "above 0"), ("beta", "-0.1", "0 or more"),
+    ("beta", "inf", "0 or more"), ("ratio", "1.1", "from 0 to 1"), ("ratio", "-0.1", "from 0 to 1"),
+    ("top_k", "-1", "0 or more"), ("epochs", "0", "1 or more"), ("max_frames", "1", "2 or more"),
+    ("sample_fps", "0", "above 0"), ("workers", "-1", "0 or more"),
+    ("save_every", "-5", "0 or more"), ("weight_decay", "nan", "0 or more"),
+    ("max_steps", "-1", "0 or more"),
+    ("max_grad_norm", "0", "above 0"), ("clip", "0", "above 0"),
+])
+def test_a_bad_value_is_one_line_that_says_what_is_allowed(name, value, allowed, capsys):
+    line = refusal(capsys, f"--{name}", value)
+    assert f"--{name} must be {allowed}, not " in line
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--length_low", "600"], "--length_low 600 exceeds --length_high 512"),
+    (["--freeze", "vision", "head"], "--freeze takes vision, projector, language, not 'head'"),
+    (["--freeze", "language", "vision", "projector"], "--freeze leaves nothing to train"),
+    (["--masking", "blur"], "replace"),         # argparse lists the choices
+    (["--data", ""], "--data is needed"), (["--model", ""], "--model is needed"),
+])
+def test_values_that_do_not_go_together(arguments, says, capsys):
+    assert says in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--top_p", "1", "--ratio", "0", "--temperature", "0.1", "--beta", "0", "--keep", "1"],
+    ["--G", "2", "--length_low", "512", "--workers", "0", "--save_every", "0"],
+    ["--freeze", "vision", "projector"],
+])
+def test_values_at_the_edge_are_allowed(arguments):
+    parse([*BASE, *arguments])
+
+
+def test_help_names_every_option_and_preset():
+    done = subprocess.run([sys.executable, "ktr.py", "--help"], cwd=ROOT, text=True, timeout=60,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"--{name}" in done.stdout for name in Options.__dataclass_fields__)
+    assert "20%)" in done.stdout and "20%%" not in done.stdout
