@@ -12,7 +12,7 @@ only where a completion token is predicted, in chunks that are recomputed in the
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +177,7 @@ def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[
     return packed_forward(model, prompts, groups)[torch.cat(before).to(model.device)]
 
 
-@compiled_on_cuda
+@partial(compiled_on_cuda, dynamic=True)
 def token_stats(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T)."""
     logits = F.linear(hidden, weight).float()
@@ -186,9 +186,9 @@ def token_stats(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Te
     return logp, total - (torch.softmax(logits, -1) * logits).sum(-1)
 
 
-@compiled_on_cuda
+@partial(compiled_on_cuda, dynamic=True)
 def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    """grad (n,) of each logp, as that of the logits (n, V): d logp / d logits = (the token's own 1) - p."""
+    """grad (n,) of logp as that of the logits (n, V): d logp / d logits = (the token's own 1) - p."""
     p = torch.softmax(F.linear(hidden, weight).float(), -1)
     own = torch.arange(len(weight), device=ids.device) == ids[:, None]
     return ((own.float() - p) * grad[:, None]).to(weight.dtype)
@@ -204,7 +204,8 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, ids)
-        stats = [token_stats(h, weight, i) for h, i in zip(hidden.split(CHUNK), ids.split(CHUNK))]
+        chunks = zip(hidden.detach().split(CHUNK), ids.split(CHUNK))
+        stats = [token_stats(h, weight.detach(), i) for h, i in chunks]
         logp, entropy = (torch.cat(x) for x in zip(*stats))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy

@@ -39,9 +39,41 @@ def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
     return model.eval()
 
 
+def compiled_on_cuda(function, dynamic: bool = False):
+    """The function, compiled where its first argument is on a GPU: for each length, or for any."""
+    compiled = torch.compile(function, dynamic=dynamic)
+
+    @wraps(function)
+    def chosen(x: Tensor, *more):
+        return (compiled if x.is_cuda else function)(x, *more)
+
+    return chosen
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Vision blocks and decoder layers."""
+    return [*model.model.visual.blocks, *model.model.language_model.layers]
+
+
+def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
+    """Compile what `able_to_recompute` made of its forward, for any length or for the one it meets."""
+    torch._dynamo.config.recompile_limit = 64           # with and without gradient, text alone, ..
+    if not how:         # inductor may pad a product or not, by timing both: off, for one form a layer
+        how = {"options": {"shape_padding": False}}
+    # fullgraph: where the graph broke, recomputation would fall out of it
+    compiled = torch.compile(layer.whole, dynamic=dynamic, fullgraph=True, **how)
+
+    def forward(hidden_states: Tensor, **more) -> Tensor:
+        if hidden_states._is_view():                    # else the first layer had a form of its own
+            hidden_states = hidden_states.clone()
+        return compiled(hidden_states, **more)
+
+    layer.forward = forward
+
+
 def compiled_on_cuda(function):
-    """The function, compiled for any length where its first argument is on a GPU."""
-    compiled = torch.compile(function, dynamic=True)
+    """The function, compiled for each length it meets where its first argument is on a GPU."""
+    compiled = torch.compile(function, dynamic=False)
 
     @wraps(function)
     def chosen(x: Tensor, *more):
@@ -81,7 +113,7 @@ def able_to_recompute(layer: nn.Module) -> None:
             return checkpoint(lambda x: plain(x, **more), hidden_states, use_reentrant=False)
         return plain(hidden_states, **more)
 
-    layer.forward = forward
+    layer.whole = layer.forward = forward
 
 
 def round_up(mlp: nn.Module) -> None:
