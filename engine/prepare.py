@@ -71,30 +71,6 @@ def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
     layer.forward = forward
 
 
-def compiled_on_cuda(function):
-    """The function, compiled for each length it meets where its first argument is on a GPU."""
-    compiled = torch.compile(function, dynamic=False)
-
-    @wraps(function)
-    def chosen(x: Tensor, *more):
-        return (compiled if x.is_cuda else function)(x, *more)
-
-    return chosen
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Vision blocks and decoder layers."""
-    return [*model.model.visual.blocks, *model.model.language_model.layers]
-
-
-def compile_layer(layer: nn.Module, **how) -> None:
-    """Compile its forward for any length, whole: where the graph broke, recomputation would fall out of it."""
-    torch._dynamo.config.recompile_limit = 64           # with and without gradient, text alone, ..
-    if not how:     # inductor may pad a matrix product or not, by timing both: off, so that a layer has one form
-        how = {"options": {"shape_padding": False}}
-    layer.compile(dynamic=True, fullgraph=True, **how)
-
-
 def recompute(model: nn.Module, on: bool = True) -> nn.Module:
     """Gradient checkpointing of every layer, on or off."""
     for layer in layers_of(model):
