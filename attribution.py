@@ -214,11 +214,9 @@ def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
 WEIGHTS: dict[str, Callable[[Rollout, Options], Tensor]] = {            # -> (G, T) >= 0
     "binary": lambda r, o: union(r.chosen, r.group.valid),              # the key mask (eq. 5)
     **dict.fromkeys(WEIGHTINGS, lambda r, o: soften(r.scores, r.group.valid, o.weighting))}
-ADVANTAGES: dict[str, Callable[[Rollout, Options], Tensor]] = {         # -> (G,) or (G, T)
-    "group": lambda r, o: r.advantages}
-PENALTIES: dict[str, Callable[[Rollout, Options, nn.Module], Tensor | None]] = {
-    "none": lambda r, o, model: None}                                   # -> (), added to the loss
-BONUSES: dict[str, Callable[..., list[Tensor]]] = {                     # -> (G,) for each rollout
+ADVANTAGES: dict[str, Callable] = {"group": lambda r, o: r.advantages}  # -> (G,) or (G, T)
+PENALTIES: dict[str, Callable] = {"none": lambda r, o, model: None}     # -> (), for the loss
+BONUSES: dict[str, Callable] = {            # -> (G,) for each rollout; read(group) -> its texts
     "none": lambda rollouts, o, model, read: [torch.zeros_like(r.accuracy) for r in rollouts]}
 SEAMS = {"signals": SIGNALS, "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES,
          "bonus": BONUSES}
@@ -230,16 +228,14 @@ def check_names(o: Options) -> None:
         named = getattr(o, option)
         for name in [named] if isinstance(named, str) else named:
             if name not in registry:
-                raise SystemExit(f"error: --{option}: unknown {name!r}; known: "
-                                 f"{', '.join(registry)}")
+                known = ", ".join(registry)
+                raise SystemExit(f"error: --{option}: unknown {name!r}; known: {known}")
 
 
 def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> Tensor:
-    """What a rule gave, as it was; SystemExit, in one line, where it cannot be used.
-
-    like: has the shape and device that it must have; where that is NaN, so may the value be.
-    """
-    fault = None
+    """What a rule gave; SystemExit, in one line, if its shape or device is not that of `like`, if
+    it is NaN and that is not, or if it has a gradient and may not (or has none)."""
+    want, fault = f"{tuple(like.shape)} on {like.device}", None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"
     elif value.shape != like.shape or value.device != like.device:
@@ -249,7 +245,6 @@ def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> T
     elif value.isnan().any() and not like.isnan().any():
         fault = "NaN"
     if fault:
-        raise SystemExit(f"error: {rule}: expected a tensor of shape {tuple(like.shape)} on "
-                         f"{like.device} {'with a' if gradient else 'without'} gradient and "
-                         f"without NaN; got {fault}")
+        raise SystemExit(f"error: {rule}: expected a tensor of shape {want} "
+                         f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
     return value

@@ -244,6 +244,8 @@ def report(rows: list[dict], benchmark: str, settings: dict) -> dict:
     print(f"{len(rows)} questions; the whole benchmark has {size}")
     figures = [f"{model} {score}" for model, score in published(benchmark, settings).items()]
     print("published figures:", ", ".join(figures) or "none for these settings")
+    if benchmark in PROTOCOLS["video-ktr"]["stock"]:
+        print("a stock Qwen2.5-VL 7B: none that says its frames and prompt (benchmarks.json)")
     return table
 
 

@@ -11,12 +11,6 @@ goes. They are two things and neither ever stands in for the other. Pure tensor 
 import torch
 from torch import Tensor
 
-ESTIMATORS = {          # of KL(policy || reference) from x = ref_logp - logp of a sampled token
-    "k1": lambda x: -x,
-    "k2": lambda x: x.square() / 2,
-    "k3": lambda x: torch.exp(x) - x - 1,
-}
-
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """Advantages (..., G) of rewards (..., G): centred, over the sample standard deviation (n-1).
@@ -48,8 +42,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     A row without key tokens adds 0. Values at padding are never read, whatever they hold.
     """
     if normalize not in ("length", "selected", "tokens", "constant"):
-        raise ValueError(f"normalize must be 'length', 'selected', 'tokens' or 'constant', "
-                         f"not {normalize!r}")
+        raise ValueError(f"unknown normalize {normalize!r}")
     if kl_on not in ("selected", "all"):
         raise ValueError(f"kl_on must be 'selected' or 'all', not {kl_on!r}")
     valid = completion_mask.bool()
@@ -65,20 +58,18 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
         x = (ref_logp.masked_fill(~valid, 0.0) - logp).clamp(-10, 10)
-        kl = ESTIMATORS[kl_estimator](x)
+        kl = {"k1": -x, "k2": x.square() / 2, "k3": torch.exp(x) - x - 1}[kl_estimator]
         objective = objective - beta * kl * (weight if kl_on == "selected" else valid)
 
     length = valid.sum(-1)                                              # (G,) |o_i|
     tokens = length.sum().clamp(min=1)
-    if normalize in ("length", "selected"):
-        mass = length if normalize == "length" else weight.sum(-1)      # (G,)
-        rows = torch.where(mass > 0, objective.sum(-1) / torch.where(mass > 0, mass, 1), 0)
-        loss = -rows.mean()
-    else:
-        loss = -objective.sum() / (total or tokens)
+    mass = weight.sum(-1) if normalize == "selected" else length        # (G,)
+    if normalize in ("tokens", "constant"):
+        mass = torch.full_like(objective[:, 0], (total or int(tokens)) / len(logp))
+    rows = torch.where(mass > 0, objective.sum(-1) / torch.where(mass > 0, mass, 1), 0)
     metrics = {
         "kl": kl.detach().sum() / tokens,
         "clipped": ((clipped < gain) & (weight > 0)).sum() / (weight > 0).sum().clamp(min=1),
         "key_share": weight.detach().sum() / tokens,
     }
-    return loss, metrics
+    return -rows.mean(), metrics

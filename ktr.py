@@ -112,8 +112,8 @@ class Scorer(nn.Module):
 
 
 def divisor(o: Options, rollouts: list[Rollout], world: int, device: torch.device) -> float | None:
-    """What divides a group's sum under --normalize tokens: the batch's tokens, on all ranks, over
-    its prompts; under constant: as if all completions had the longest length."""
+    """What divides a group's sum under --normalize tokens: those of all ranks, over the prompts;
+    under constant: as many as G completions of the longest length have."""
     if o.normalize == "tokens":
         mine = {"tokens": sum(sum(r.group.lengths) for r in rollouts)}
         return max(1.0, add_up(mine, device)["tokens"]) / (o.prompts_per_step * world)
@@ -150,12 +150,12 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
             r.old_logp = r.logp.detach()
             reward(o, r)
             r.advantages = r.advantages.to(r.logp.device)
-        advantages = ADVANTAGES[o.advantage](r, o)                          # (G,) or (G, T)
-        like = r.logp if getattr(advantages, "ndim", 1) == 2 else r.advantages
+        A = ADVANTAGES[o.advantage](r, o)                                   # (G,) or (G, T)
+        like = r.logp if getattr(A, "ndim", 1) == 2 else r.advantages
         one, r.metrics = grpo_loss(
-            r.logp, r.old_logp, r.ref_logp, checked(f"advantage {o.advantage}", advantages, like),
-            r.borne, r.key_mask, beta=o.beta, clip=o.clip, clip_high=o.clip_high, total=total,
-            normalize=o.normalize, kl_on=o.kl_on, kl_estimator=o.kl_estimator)
+            r.logp, r.old_logp, r.ref_logp, checked(f"advantage {o.advantage}", A, like), r.borne,
+            r.key_mask, beta=o.beta, clip=o.clip, clip_high=o.clip_high, normalize=o.normalize,
+            total=total, kl_on=o.kl_on, kl_estimator=o.kl_estimator)
         penalty = PENALTIES[o.penalty](r, o, model)
         if penalty is not None:
             one = one + checked(f"penalty {o.penalty}", penalty, r.logp.sum(), gradient=True)

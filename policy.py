@@ -12,7 +12,7 @@ only where a completion token is predicted, in chunks that are recomputed in the
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from transformers.utils import logging
 from engine import blank, families
 from engine.decoding import decoder_for
 from engine.packing import pack
-from engine.prepare import prepare
+from engine.prepare import compiled_on_cuda, prepare
 from prompt import Processor, Prompt, Vision, patches
 
 CHUNK = 1024            # tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
@@ -181,6 +181,23 @@ def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[
     return packed_forward(model, prompts, groups)[torch.cat(before).to(model.device)]
 
 
+@partial(compiled_on_cuda, dynamic=True)
+def token_stats(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T)."""
+    logits = F.linear(hidden, weight).float()
+    total = logits.logsumexp(-1)
+    logp = logits.gather(-1, ids[:, None])[:, 0] - total
+    return logp, total - (torch.softmax(logits, -1) * logits).sum(-1)
+
+
+@partial(compiled_on_cuda, dynamic=True)
+def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+    """grad (n,) of logp as that of the logits (n, V): d logp / d logits = (the token's own 1) - p."""
+    p = torch.softmax(F.linear(hidden, weight).float(), -1)
+    own = torch.arange(len(weight), device=ids.device) == ids[:, None]
+    return ((own.float() - p) * grad[:, None]).to(weight.dtype)
+
+
 class TokenStats(torch.autograd.Function):
     """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T), keeping no logits.
 
@@ -191,13 +208,9 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, ids)
-        logp, entropy = [], []
-        for h, i in zip(hidden.split(CHUNK), ids.split(CHUNK)):
-            logits = F.linear(h, weight).float()
-            total = logits.logsumexp(-1)
-            logp.append(logits.gather(-1, i[:, None])[:, 0] - total)
-            entropy.append(total - (torch.softmax(logits, -1) * logits).sum(-1))
-        logp, entropy = torch.cat(logp), torch.cat(entropy)
+        chunks = zip(hidden.detach().split(CHUNK), ids.split(CHUNK))
+        stats = [token_stats(h, weight.detach(), i) for h, i in chunks]
+        logp, entropy = (torch.cat(x) for x in zip(*stats))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -207,9 +220,7 @@ class TokenStats(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         chunks = (x.split(CHUNK) for x in (hidden, ids, grad, grad_hidden))
         for h, i, g, out in zip(*chunks):
-            d = torch.softmax(F.linear(h, weight).float(), -1)
-            d.mul_(-g[:, None]).scatter_add_(-1, i[:, None], g[:, None])    # d logp/d logits: 1 - p
-            d = d.to(weight.dtype)
+            d = logits_gradient(h, weight, i, g)
             torch.mm(d, weight, out=out)
             grad_weight.addmm_(d.T, h)
         return grad_hidden, grad_weight, None

@@ -12,63 +12,80 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
+from engine import thin
 from engine.packing import Step
+from engine.prepare import compile_layer, compiled_on_cuda
 
 BLOCK = 128             # slots per block of FlexAttention's sparse mask
 
 
 def choose(logits: Tensor, draws: Tensor, banned: Tensor, temperature: float, top_p: float,
            top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """A token (R,) and its log-probability (R,), at temperature 1 over the whole vocabulary, from logits (R, V).
+    """A token (R,) and its log-probability (R,), at temperature 1 over all words, from logits (R, V).
 
-    draws (R,) are uniform in [0, 1). As in transformers, temperature comes first, then the top_k likeliest
-    (0: all), then of those the nucleus: tokens while the mass of the likelier ones is below top_p. Both are
-    exact; tokens tied with the nucleus's last belong to it. temperature 0 is greedy.
+    draws (R,) are uniform in [0, 1). As in transformers, temperature comes first, then the top_k
+    likeliest (0: all), then of those the nucleus: tokens while the mass of the likelier ones is below
+    top_p. Both are exact; tokens tied with the nucleus's last belong to it. temperature 0 is greedy.
     """
-    logits = logits.float()
-    total = logits.logsumexp(-1)
-    allowed = logits.masked_fill(banned, -torch.inf)
-    if temperature == 0:
-        token = allowed.argmax(-1)
-    elif top_k:
-        p, index = torch.softmax(allowed / temperature, -1).topk(top_k)                 # likeliest first
-        p = torch.where(p.cumsum(-1) - p < top_p * p.sum(-1, keepdim=True), p, 0)
-        token = index.gather(-1, inverse_cdf(p, draws)[:, None])[:, 0]
-    else:
-        p = torch.softmax(allowed / temperature, -1)
-        if top_p < 1:
-            p = torch.where(p > nucleus_border(p, top_p), p, 0)
-        token = inverse_cdf(p, draws)
-    return token, logits.gather(-1, token[:, None])[:, 0] - total
+    token, total, p = likeliest(logits, banned, temperature or 1.0)
+    if temperature and top_k:
+        best, index = p.topk(top_k)                                     # likeliest first
+        inside = best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)
+        place = inverse_cdf(torch.where(inside, best, 0), draws)
+        token = index.gather(-1, place[:, None])[:, 0]
+    elif temperature:
+        border = nucleus_border(p, top_p) if top_p < 1 else 0.0
+        token = inverse_cdf(torch.where(p > border, p, 0), draws)
+    return token, logits.gather(-1, token[:, None])[:, 0].float() - total
+
+
+@compiled_on_cuda
+def likeliest(logits: Tensor, banned: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest token (R,) that is not banned; logsumexp (R,) of all; probabilities (R, V)."""
+    allowed = logits.float().masked_fill(banned, -torch.inf)
+    return allowed.argmax(-1), logits.float().logsumexp(-1), torch.softmax(allowed / temperature, -1)
 
 
 def nucleus_border(p: Tensor, top_p: float) -> Tensor:
-    """The largest number (R, 1) such that p (R, V) above it adds up to top_p or more: the nucleus is what lies
-    above it. Found three bits at a time, since floats from 0 to 1 are ordered as their 30 bits are; sorting
-    152,064 words would take longer than a layer."""
+    """The largest number (R, 1) such that p (R, V) above it adds up to top_p or more: the nucleus is
+    what lies above it. Found three bits at a time, since floats from 0 to 1 are ordered as their 30
+    bits are; sorting 152,064 words would take longer than a layer."""
     border = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
+    digits = torch.arange(8, dtype=torch.int32, device=p.device)
     for shift in range(27, -1, -3):
-        steps = torch.zeros_like(border)
-        for digit in range(1, 8):
-            tried = (border + (digit << shift)).view(torch.float32)
-            mass = torch.where(p > tried, p, 0).sum(-1, keepdim=True)
-            steps += mass >= top_p
-        border = border + (steps << shift)
+        border = border_within(p, border, digits << shift, top_p)
     return border.view(torch.float32)
 
 
-def inverse_cdf(p: Tensor, draws: Tensor, block: int = 512) -> Tensor:
-    """Indices (R,) of p (R, V) at which the cumulative mass passes draws (R,), found block by block: one scan
-    over a whole vocabulary is slow, and inductor (torch 2.11) cannot compile it."""
-    p = F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))                    # (R, blocks, block)
+@compiled_on_cuda
+def border_within(p: Tensor, border: Tensor, steps: Tensor, top_p: float) -> Tensor:
+    """The last of border + steps (8,), as bits, above which p (R, V) adds up to top_p or more."""
+    p, tried = in_blocks(p), (border + steps).view(torch.float32)       # (R, blocks, block), (R, 8)
+    mass = [torch.where(p > t[:, None, None], p, 0).sum(-1).sum(-1) for t in tried.unbind(1)[1:]]
+    enough = torch.stack(mass, 1) >= top_p                              # True, .., True, False, ..
+    return border + enough.sum(1, keepdim=True, dtype=torch.int32) * steps[1]
+
+
+def in_blocks(p: Tensor, block: int = 512) -> Tensor:
+    """p (R, V) as (R, blocks, block), filled up with 0. Sums block by block, then over blocks, use the
+    whole chip; one over the row would use a processor for each row."""
+    return F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))
+
+
+@compiled_on_cuda
+def inverse_cdf(p: Tensor, draws: Tensor) -> Tensor:
+    """Indices (R,) of p (R, V) at which the cumulative mass passes draws (R,), found block by block:
+    inductor (torch 2.11) cannot compile a scan over a whole vocabulary."""
+    p = in_blocks(p)
+    block = p.shape[-1]
     cdf = p.sum(-1).cumsum(-1)
     target = draws[:, None] * cdf[:, -1:]
-    which = torch.searchsorted(cdf, target, right=True)                                 # (R, 1)
-    which = torch.minimum(which, (cdf < cdf[:, -1:]).sum(-1, keepdim=True))             # the last with any mass
-    rest = target - F.pad(cdf, (1, 0)).gather(1, which)                                 # to pass in its block
-    inner = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(-1)        # (R, block)
+    which = torch.searchsorted(cdf, target, right=True)                 # (R, 1)
+    which = torch.minimum(which, (cdf < cdf[:, -1:]).sum(-1, keepdim=True))     # the last with mass
+    rest = target - F.pad(cdf, (1, 0)).gather(1, which)                 # to pass in its block
+    inner = p.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(-1)    # (R, block)
     within = (inner <= rest).sum(-1)
-    last = (inner < inner[:, -1:]).sum(-1)                                              # likewise
+    last = (inner < inner[:, -1:]).sum(-1)                              # likewise
     return which[:, 0] * block + torch.minimum(within, last)
 
 
@@ -77,7 +94,7 @@ def next_logits(model: nn.Module, token: Tensor, position: Tensor, step: Step) -
     hidden = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token), position_ids=position.expand(3, -1, -1),
         layout=step, use_cache=False).last_hidden_state
-    return model.lm_head(hidden).flatten(0, 1)
+    return thin.linear(hidden, model.lm_head.weight).flatten(0, 1)
 
 
 def blocks_in_use(lengths: Tensor, used: Tensor, room: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,9 +148,8 @@ class Decoder:
             own = slot - room
             return (slot < prompt_lengths[b]) | ((own >= 0) & (own < used[b]) & (own % G == q % G))
 
-        self.sees, self.graph, self.block_mask, self.choose = sees, None, None, choose
+        self.sees, self.graph, self.block_mask = sees, None, None
         if device.type == "cuda":
-            self.choose = torch.compile(choose, dynamic=False)
             every = torch.arange(length // BLOCK, dtype=torch.int32, device=device).expand(N, 1, 1, -1)
             self.whole, self.mixed = torch.zeros(2, N, 1, 1, dtype=torch.int32, device=device)
             self.mixed_blocks = every.clone()
@@ -173,7 +189,7 @@ class Decoder:
     def extend(self, logits: Tensor) -> None:
         """Choose a token for every completion from logits (N*G, V) and write it down."""
         draws = self.draws.index_select(0, self.step).flatten()
-        token, logp = self.choose(logits, draws, self.banned, *self.how)
+        token, logp = choose(logits, draws, self.banned, *self.how)
         self.token.copy_(token.view_as(self.token))
         self.ids.index_copy_(0, self.step, self.token[None])
         self.logp.index_copy_(0, self.step, logp.view_as(self.token)[None])
@@ -200,9 +216,9 @@ class Decoder:
     def _capture(self) -> None:
         self.attach()
         layers = self.model.model.language_model.layers
-        scoring = [layer._compiled_call_impl for layer in layers]
-        for layer in layers:                                                        # one is compiled and serves all
-            layer._compiled_call_impl = torch.compile(layer._call_impl, dynamic=False)
+        scoring = [layer.forward for layer in layers]
+        for layer in layers:                            # one is compiled and serves all
+            compile_layer(layer, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -216,7 +232,7 @@ class Decoder:
             self.advance()
         self.graph = graph
         for layer, kept in zip(layers, scoring):
-            layer._compiled_call_impl = kept
+            layer.forward = kept
 
 
 def vision_tokens(config: PreTrainedConfig) -> list[int]:

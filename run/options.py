@@ -48,22 +48,19 @@ class Options:
     out: str = option("runs/ktr", "where checkpoints, log.jsonl and samples.jsonl go")
     leave_out: str = option("", "records to pass over: a list that `data.py check` wrote")
     preset: str = one_of("paper", "released", help="sets every choice where the two differ")
-    rule: list[str] = option([], "files that register rules (docs/rules.md); the OPTIONS of such a "
-                             "file hold unless given")
+    rule: list[str] = option([], "files that register rules and may have OPTIONS (docs/rules.md)")
     freeze: list[str] = option([], "of vision, projector, language; default: train all weights")
     # attribution
     signals: list[str] = option(["visual", "temporal", "entropy"], "of attribution.SIGNALS")
     ratio: float = option(0.2, "share of the tokens that each signal keeps (paper: 20%%)")
-    shift: str = one_of("abs", "signed", "k3",
-                        help="how a change of log-probability becomes a score")
+    shift: str = one_of("abs", "signed", "k3", help="makes a score of a changed log-probability")
     masking: str = one_of("hide", "zero", "half", "replace", help="video tokens not attended to, "
                           "features zeroed, half of the tokens, another clip")
     positions: str = one_of("unchanged", "moved", help="of the text when the video is hidden")
     order: str = one_of("random", "reverse", "blocks", help="of the frames when shuffled")
     distance: str = one_of("logp", "l1", "l2", "kl", "js", "hellinger", "cosine",
                            help="move of the token's log-probability, or of the distribution")
-    weighting: str = option("binary", "of attribution.WEIGHTS: a key mask, or sigmoid, softmax, "
-                            "linear, exponential weights from the scores")
+    weighting: str = option("binary", "of attribution.WEIGHTS: a key mask, or soft weights")
     pool: str = one_of("group", "response", help="tokens that compete for the top r")
     ties: str = one_of("exact", "threshold", help="ceil(r n) tokens, or all from a quantile up")
     # GRPO
@@ -76,8 +73,7 @@ class Options:
     clip: float = option(0.2, "of the probability ratio")
     clip_high: float = option(0.0, "of ratios above 1; 0: the same (DAPO: 0.28)")
     updates: int = option(1, "per rollout; from the second on the clip may bind")
-    normalize: str = one_of("length", "selected", "tokens", "constant", help="what divides a "
-                            "completion's sum; tokens: the batch's, constant: the longest length")
+    normalize: str = one_of("length", "selected", "tokens", "constant", help="divides the sums")
     advantage: str = option("group", "of attribution.ADVANTAGES")
     penalty: str = option("none", "of attribution.PENALTIES: a further term of the loss")
     bonus: str = option("none", "of attribution.BONUSES: a further reward")
@@ -142,8 +138,7 @@ ALLOWED = {         # what values may be: (whether one is, the options that it h
 
 
 def load_rule(file: str) -> list[str]:
-    """Run a rule's file, which registers what it holds; returns the words of its OPTIONS, if any.
-    SystemExit if there is no such file."""
+    """Run a file, which registers its rules; the words of its OPTIONS. SystemExit without it."""
     if not file.endswith(".py") or not Path(file).is_file():
         raise SystemExit(f"error: --rule {file}: no such Python file")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)

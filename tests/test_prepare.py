@@ -1,5 +1,7 @@
 """Recomputation inside what is compiled, and joint products."""
 
+import copy
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -18,7 +20,7 @@ def compiled(tiny):
         prepare.compile_layer(layer, backend="aot_eager")
     yield tiny[0]
     for layer in layers:
-        layer._compiled_call_impl = None
+        layer.forward = layer.whole
     torch._dynamo.reset()
 
 
@@ -80,3 +82,19 @@ def test_joint_products_equal_the_layers_own(tiny, plain):
                     got = [getattr(getattr(ours, owner), name)(x) for name in names]
                 want = [getattr(getattr(theirs, owner), name)(x) for name in names]
                 assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
+
+
+def test_zeros_appended_change_nothing(plain):
+    """What a vision MLP of 13 columns returns, and its gradients."""
+    config = copy.deepcopy(plain.config.vision_config)
+    config.intermediate_size = 13
+    mlp = type(plain.model.visual.blocks[0].mlp)(config, bias=True)
+    x, found = torch.randn(5, config.hidden_size), []
+    for _ in range(2):
+        mlp.zero_grad()
+        y = mlp(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in mlp.parameters())])
+        prepare.round_up(mlp)
+    assert "forward" in vars(mlp)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from test_ktr import arguments, log_of
+from test_ktr import arguments, finish, log_of, start, torchrun
 
 import ktr
 from attribution import ADVANTAGES, BONUSES, PENALTIES, SIGNALS, WEIGHTS, Rollout, attribute
-from grpo import ESTIMATORS, grpo_loss
+from grpo import grpo_loss
 from lab.rules import common, dr_grpo, papo, per_signal, pgpo, t_grpo, tw_grpo, vppo
 from policy import Group, predicting_states, sample, score, score_groups
 from run.options import Options, parse
@@ -347,7 +347,6 @@ def test_a_higher_clip_lets_ratios_rise():
 @pytest.mark.parametrize("name, want", [("k1", -0.5), ("k2", 0.125),
                                         ("k3", math.exp(0.5) - 1.5)])
 def test_kl_estimators_by_hand(name, want):
-    assert ESTIMATORS[name](torch.tensor(0.5)).item() == pytest.approx(want)
     loss, metrics = loss_of(torch.zeros(2), ref=LOGP + 0.5, kl_estimator=name, beta=0.1)
     assert metrics["kl"].item() == pytest.approx(want, abs=1e-6)
     assert loss == pytest.approx(0.1 * want, abs=1e-6)
@@ -387,6 +386,33 @@ def test_groups_alike_in_accuracy_are_dropped_on_all_ranks_alike(checkpoint_fold
     log = log_of(tmp_path)
     assert [row["prompts"] for row in log] == [4, 4] and all(row["flat"] > 0 for row in log)
     assert [row["dropped"] for row in log] == [row["flat"] for row in log]
+
+
+BRIEF = """from attribution import BONUSES
+
+
+def brief(rollouts, o, model, read):
+    return [r.group.valid.sum(-1) % 3 * float(r.prompt.record["problem_id"] % 2) for r in rollouts]
+
+
+BONUSES["brief"] = brief
+OPTIONS = "--bonus brief"
+"""
+
+
+def test_two_ranks_make_the_update_of_one(checkpoint_folder, world, tmp_path):
+    """With all that could tell ranks apart: dropped groups, shared divisor, penalty, updates."""
+    (tmp_path / "brief.py").write_text(BRIEF)
+    more = ["--max_steps", 2, "--filter", "reward", "--normalize", "tokens", "--updates", 2,
+            "--rule", ROOT / "lab/rules/vppo.py", tmp_path / "brief.py", "--max_new_tokens", 24]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ktr.main(parse(arguments(checkpoint_folder, world, one, "--prompts_per_step", 2, *more)))
+    code, out = finish(start([*torchrun(2), *arguments(checkpoint_folder, world, two, *more)]))
+    assert code == 0, out
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        for name in ("reward", "length", "loss", "kl", "clipped", "dropped", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+    assert {row["dropped"] for row in log_of(one)} > {0.5}
 
 
 def test_several_updates_let_the_clip_bind(checkpoint_folder, world, tmp_path, monkeypatch):
