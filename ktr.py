@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from attribution import (ADVANTAGES, BONUSES, PENALTIES, Rollout, attribute, check_names,
                          checked)
+from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from grpo import group_advantages, grpo_loss
 from policy import Group, batches, evaluating, freeze, load, sample, score_groups
@@ -214,10 +215,9 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
     model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
     trained = freeze(model, o.freeze)
     if o.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     model.train()
-    optimizer = ShardedAdamW(model, o.lr, o.weight_decay, shards=o.shards or None,
-                             offload=o.offload)
+    optimizer = ShardedAdamW(model, o.lr, o.weight_decay, offload=o.offload)
     reference = None
     if o.beta > 0:
         reference, _ = load(o.model, device, model.dtype, seed=1)

@@ -1,4 +1,4 @@
-"""The policy: load a Qwen2.5-VL, sample G completions of a prompt, score them.
+"""The policy: load a Qwen-VL (docs/families.md), sample G completions of a prompt, score them.
 
     load(name)                          model and processor, from a folder, hub name or random:7b
     sample(model, prompts, G, ...)      G completions for each prompt, all decoded together
@@ -12,25 +12,22 @@ only where a completion token is predicted, in chunks that are recomputed in the
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from engine import blank
-from engine.decoding import decoder_for, draws_for
+from engine import blank, families
+from engine.decoding import decoder_for
 from engine.packing import pack
-from engine.prepare import prepare
-from prompt import Processor, Prompt, patches
+from engine.prepare import compiled_on_cuda, prepare
+from prompt import Processor, Prompt, Vision, patches
 
 CHUNK = 1024            # tokens whose logits exist at once: 0.6 GiB at 152,064 words in fp32
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
 CHECK_EVERY = 16        # decoding steps between looks at whether all have ended (a look waits)
-TOKENIZER = Path(__file__).parent / "cold_start"        # for random:7b; the real one is a download
 
 
 @dataclass(frozen=True)
@@ -52,38 +49,49 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """The model, ready for this project, and its processor.
 
     name: a checkpoint's folder or hub name, or random:3b, random:7b (seed is that of its weights).
-    OSError where the checkpoint is missing or incomplete.
+    OSError where the checkpoint is missing or incomplete, ValueError where it is of another family.
     """
     logging.disable_progress_bar()
-    processor = load_processor(name)
     if name.startswith("random:"):
-        model = blank.model(name, processor.tokenizer, device, dtype, seed)
+        model = blank.model(name, blank.tokenizer(), device, dtype, seed)
     else:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    return prepare(model, device), processor
+        model = families.from_pretrained(name, dtype)
+    return prepare(model, device), load_processor(name)
 
 
 def load_processor(name: str) -> Processor:
     """The processor of a checkpoint's folder, hub name, or random:7b."""
     if not name.startswith("random:"):
         return Processor.from_pretrained(name)
-    processor = Processor.from_pretrained(str(TOKENIZER))
-    config = blank.config(name, processor.tokenizer)
-    return Processor(processor.tokenizer, config, processor.preprocessor)
+    tokenizer, v = blank.tokenizer(), Vision()
+    constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
+    return Processor(tokenizer, blank.config(name, tokenizer), constants)
+
+
+def weight_count(name: str) -> int:
+    """How many weights the model of this name has, from its configuration alone."""
+    if name.startswith("random:"):
+        config = blank.config(name, blank.tokenizer())
+    else:
+        config = families.read_config(name)
+    with torch.device("meta"):
+        model = families.family_of(config).model(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The weights of the vision tower, of the projector after it, and of the language model."""
-    projector = list(model.model.visual.merger.parameters())
+    tower = model.model.visual
+    projector = [p for name, p in tower.named_parameters() if "merger" in name]
     known = {id(p) for p in projector}
-    vision = [p for p in model.model.visual.parameters() if id(p) not in known]
+    vision = [p for p in tower.parameters() if id(p) not in known]
     known |= {id(p) for p in vision}
     language = [p for p in model.parameters() if id(p) not in known]
     return {"vision": vision, "projector": projector, "language": language}
 
 
 def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
-    """Train all parts but the frozen ones (of vision, projector, language); says which, in words."""
+    """Train all parts but the frozen ones (vision, projector, language); says which, in words."""
     said = []
     for name, weights in parts(model).items():
         for p in weights:
@@ -96,7 +104,8 @@ def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
 # -------------------------------------------------------------------------------------------- score
 def vision_features(model: nn.Module, prompts: Sequence[Prompt],
                     known: dict[int, Tensor]) -> Tensor | None:
-    """The features (sum V, D) of the prompts' video and image tokens, in order; None without any.
+    """The features (sum V, width) of the prompts' video and image tokens, in order, with all that
+    families.vision_features puts into them; None without any.
 
     Those of each clip are kept in `known` by its frames' id: questions about one clip share them.
     """
@@ -106,14 +115,14 @@ def vision_features(model: nn.Module, prompts: Sequence[Prompt],
     if clips:
         pixels = [patches(p.frames.to(device, non_blocking=True), p.vision) for p in clips.values()]
         grids = torch.tensor([p.grid for p in clips.values()])
-        tower = model.model.visual
-        merged = tower(torch.cat(pixels).to(dtype), grid_thw=grids.to(device)).pooler_output
+        merged = families.vision_features(model.model.visual, torch.cat(pixels).to(dtype),
+                                          grids.to(device))
         sizes = grids.prod(-1) // model.config.vision_config.spatial_merge_size ** 2
         known.update(zip(clips, merged.split(sizes.tolist())))
     out = []
     for p in prompts:
         if p.blank:
-            shape = int(p.visual.sum()), model.config.text_config.hidden_size
+            shape = int(p.visual.sum()), families.feature_width(model.config)
             out.append(torch.zeros(shape, device=device, dtype=dtype))
         elif p.frames is not None:
             features = known[id(p.frames)]
@@ -142,9 +151,12 @@ def packed_forward(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence
             positions.append((p.next_position + torch.arange(n)).expand(3, -1))
     embeds = model.get_input_embeddings()(torch.cat(ids))                           # (L, D)
     features = vision_features(model, prompts, {} if known is None else known)
+    more = {}
     if features is not None:
-        where = torch.cat(visual).to(device)[:, None]
-        embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
+        where = torch.cat(visual).to(device)
+        first, *later = features.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        embeds = embeds.masked_scatter(where[:, None], first)
+        more = families.deepstack(where, later)
     row = pack([len(p.ids) for p in prompts], owned, embeds)
     if keep is not None:
         rows = [torch.full_like(p.ids, n) for n, p in enumerate(prompts, keep)]
@@ -153,7 +165,7 @@ def packed_forward(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence
     return model.model.language_model(
         inputs_embeds=embeds[None].clone(),     # a view would have its first layer compiled apart
         position_ids=torch.cat(positions, dim=1)[:, None].to(device),
-        attention_mask={"full_attention": row}, use_cache=False).last_hidden_state[0]
+        layout=row, use_cache=False, **more).last_hidden_state[0]
 
 
 def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
@@ -169,6 +181,23 @@ def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[
     return packed_forward(model, prompts, groups)[torch.cat(before).to(model.device)]
 
 
+@partial(compiled_on_cuda, dynamic=True)
+def token_stats(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T)."""
+    logits = F.linear(hidden, weight).float()
+    total = logits.logsumexp(-1)
+    logp = logits.gather(-1, ids[:, None])[:, 0] - total
+    return logp, total - (torch.softmax(logits, -1) * logits).sum(-1)
+
+
+@partial(compiled_on_cuda, dynamic=True)
+def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+    """grad (n,) of logp as that of the logits (n, V): d logp / d logits = (the token's own 1) - p."""
+    p = torch.softmax(F.linear(hidden, weight).float(), -1)
+    own = torch.arange(len(weight), device=ids.device) == ids[:, None]
+    return ((own.float() - p) * grad[:, None]).to(weight.dtype)
+
+
 class TokenStats(torch.autograd.Function):
     """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T), keeping no logits.
 
@@ -179,13 +208,9 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, ids)
-        logp, entropy = [], []
-        for h, i in zip(hidden.split(CHUNK), ids.split(CHUNK)):
-            logits = F.linear(h, weight).float()
-            total = logits.logsumexp(-1)
-            logp.append(logits.gather(-1, i[:, None])[:, 0] - total)
-            entropy.append(total - (torch.softmax(logits, -1) * logits).sum(-1))
-        logp, entropy = torch.cat(logp), torch.cat(entropy)
+        chunks = zip(hidden.detach().split(CHUNK), ids.split(CHUNK))
+        stats = [token_stats(h, weight.detach(), i) for h, i in chunks]
+        logp, entropy = (torch.cat(x) for x in zip(*stats))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -195,9 +220,7 @@ class TokenStats(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         chunks = (x.split(CHUNK) for x in (hidden, ids, grad, grad_hidden))
         for h, i, g, out in zip(*chunks):
-            d = torch.softmax(F.linear(h, weight).float(), -1)
-            d.mul_(-g[:, None]).scatter_add_(-1, i[:, None], g[:, None])    # d logp/d logits: 1 - p
-            d = d.to(weight.dtype)
+            d = logits_gradient(h, weight, i, g)
             torch.mm(d, weight, out=out)
             grad_weight.addmm_(d.T, h)
         return grad_hidden, grad_weight, None
@@ -272,18 +295,15 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
         ends = [ends] if isinstance(ends, int) else ends
     lengths = [len(p.ids) for p in prompts]
     with evaluating(model):
-        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p)
+        d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p,
+                        top_k)
         d.attach()
         last, known = [], {}
         for part in batches(lengths, PREFILL):
             some = prompts[part]
             hidden = packed_forward(model, some, [None] * len(some), keep=part.start, known=known)
             last.append(hidden[torch.tensor(lengths[part]).cumsum(0).to(hidden.device) - 1])
-        draws = [torch.rand(max_new_tokens, G, draws_for(top_p),
-                            generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        positions = torch.tensor([p.next_position for p in prompts])
-        d.start(torch.tensor(lengths).to(model.device), positions.to(model.device),
-                torch.stack(draws, 1).to(model.device), ends)
+        d.start(lengths, [p.next_position for p in prompts], seeds, max_new_tokens, ends)
         logits = F.pad(model.lm_head(torch.cat(last)), (0, 0, 0, d.N - len(prompts)))
         d.extend(logits.repeat_interleave(G, 0))
         for t in range(1, max_new_tokens):

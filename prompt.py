@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
+
+from engine.families import family_of, read_config, stamp
 
 QUESTION_TRAIN = (
     "{Question}\nPlease think about this question as if you were a human pondering deeply. Engage "
@@ -26,17 +28,14 @@ QUESTION_TRAIN = (
     "reasoning between the <think> </think> tags, and then give your final answer between the "
     "<answer> </answer> tags.")
 QUESTION_EVAL = QUESTION_TRAIN.replace("> </", "> and </")
-WITHIN = "within the <answer> </answer> tags."
-NUMBER = f" Please provide the numerical value (e.g., 42 or 3.14) {WITHIN}"
-TYPE = {
-    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
-                       + WITHIN,
-    "numerical": NUMBER,
-    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
-           + WITHIN,
-    "free-form": f" Please provide your text answer {WITHIN}",
-    "regression": NUMBER,
+WANTED = {
+    "multiple choice": "provide only the single option letter (e.g., A, B, C, D, etc.)",
+    "numerical": "provide the numerical value (e.g., 42 or 3.14)",
+    "OCR": "transcribe text from the image/video clearly and provide your text answer",
+    "free-form": "provide your text answer",
+    "regression": "provide the numerical value (e.g., 42 or 3.14)",
 }
+TYPE = {kind: f" Please {do} within the <answer> </answer> tags." for kind, do in WANTED.items()}
 
 
 class BadRecord(ValueError):
@@ -55,10 +54,8 @@ def name_of(record: dict) -> str:
 
 
 def question_text(record: dict, template: str = QUESTION_TRAIN) -> str:
-    """The user's words (Video-R1's QUESTION_TEMPLATE and TYPE_TEMPLATE).
-
-    Options without letters get them, because the answer is a letter by position.
-    """
+    """The user's words (Video-R1's QUESTION_TEMPLATE and TYPE_TEMPLATE). Options without letters
+    get them, because the answer is a letter by position."""
     if "whole_prompt" in record:                        # a benchmark with a prompt of its own
         return record["whole_prompt"]
     question = record["problem"]
@@ -75,9 +72,8 @@ def question_text(record: dict, template: str = QUESTION_TRAIN) -> str:
 # -------------------------------------------------------------------------------- pixels, positions
 def target_size(height: int, width: int, max_pixels: float, min_pixels: int = 56 * 56,
                 factor: int = 28) -> tuple[int, int]:
-    """Qwen2-VL's smart_resize: both sides multiples of 28, the aspect ratio nearly kept, the area
-    within the limits (shrinking rounds down, so it may end below min_pixels where they are close).
-    BadRecord where one side is more than 200 times the other."""
+    """Qwen2-VL's smart_resize: sides in multiples of 28, aspect ratio nearly kept, area within the
+    limits (shrinking rounds down, perhaps below min_pixels). BadRecord beyond a ratio of 200."""
     ratio = max(height, width) / min(height, width)
     if ratio > 200:
         raise BadRecord(f"aspect ratio {ratio:.0f} exceeds 200")
@@ -101,7 +97,8 @@ class Vision:
     min_pixels: int = 56 * 56
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    tokens_per_second: float = 2
+    tokens_per_second: float | None = 2     # None: temporal patches are one position apart
+    timestamps: bool = False                # the prompt says each temporal patch's time in words
 
 
 def fit(frames: np.ndarray, max_pixels: float, v: Vision, min_pixels: int = 0) -> Tensor:
@@ -109,9 +106,8 @@ def fit(frames: np.ndarray, max_pixels: float, v: Vision, min_pixels: int = 0) -
     least = max(min_pixels, v.min_pixels)
     size = target_size(*frames.shape[1:3], max_pixels, least, v.patch * v.merge)
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size=size, mode="bicubic", antialias=True)
+    same = x.shape[-2:] == size
+    return x if same else F.interpolate(x, size=size, mode="bicubic", antialias=True)
 
 
 def grid_of(frames: Tensor, v: Vision) -> tuple[int, int, int]:
@@ -136,22 +132,26 @@ def patches(frames: Tensor, v: Vision) -> Tensor:
 
 
 def rope_positions(visual: Tensor, grid: tuple[int, int, int], merge: int, ticks: float) -> Tensor:
-    """(3, P) temporal, height and width positions (Qwen2.5-VL's M-RoPE): one clip or image.
+    """(3, P) temporal, height and width positions (M-RoPE): one clip, in one run of tokens or in
+    several with text between, or an image.
 
-    visual: (P,) bool, True at the media's tokens. grid: its (t, h, w) in patches. ticks: positions
-    from one temporal patch to the next, tokens_per_second * seconds (the product is rounded down,
-    not its factors). As in transformers 5, text goes on after the larger side of a frame, also
-    where the clip's last second has a higher position (transformers 4 went on after that);
-    completions come after the highest position of all.
+    visual: (P,) bool, the media's tokens. grid: its (t, h, w) in patches. ticks: positions from one
+    temporal patch of a run to the next, tokens_per_second * seconds (rounded down after the
+    product). As in transformers 5, text goes on after the larger side of a frame, even below the
+    clip's last second (transformers 4 went on after that); completions come after the highest
+    position of all.
     """
-    before = int(visual.nonzero()[0])
-    t, h, w = grid[0], grid[1] // merge, grid[2] // merge
-    times = (torch.arange(t) * ticks).long()
-    axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
-    media = torch.stack(axes).flatten(1) + before                                   # (3, t*h*w)
-    left = len(visual) - before - media.shape[1]
-    after = torch.arange(left) + before + max(h, w)
-    return torch.cat([torch.arange(before).expand(3, -1), media, after.expand(3, -1)], dim=1)
+    h, w = grid[1] // merge, grid[2] // merge
+    parts, start = [], 0
+    for seen, n in zip(*(x.tolist() for x in visual.unique_consecutive(return_counts=True))):
+        if seen:
+            times = (torch.arange(n // (h * w)) * ticks).long()
+            axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+            parts.append(torch.stack(axes).flatten(1) + start)                      # (3, n)
+        else:
+            parts.append(torch.arange(start, start + n).expand(3, -1))
+        start += max(h, w) if seen else n
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,8 @@ class Prompt:
         return grid_of(self.frames, self.vision)
 
     def hidden(self, positions: str = "unchanged") -> "Prompt":
-        """Without its video tokens: nothing attends to them, so they are not even computed.
-
-        The others stay where they were ("unchanged"), or close the gap as under the released
-        code's mask ("moved").
-        """
+        """Without its video tokens: nothing attends to them, so they are not even computed. Others
+        stay where they were ("unchanged"), or close the gap as in the released code ("moved")."""
         none = torch.zeros(int(self.visual.sum()), dtype=torch.bool)
         return replace(self.thinned(none, positions), frames=None)
 
@@ -220,46 +217,48 @@ class Processor:
         self.vision = Vision(
             vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, least,
             tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"]),
-            vision.tokens_per_second)
+            getattr(vision, "tokens_per_second", None), family_of(config).timestamps)
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Processor":
-        """From a checkpoint's folder or hub name. OSError if a file of it is missing."""
+        """From a checkpoint's folder or hub name. OSError if a file of it is missing, ValueError
+        if it is of another family."""
         def read(file: str) -> dict:
             return json.loads(Path(cached_file(name, file)).read_text())
 
+        config = read_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = read("chat_template.json")["chat_template"]
-        config = AutoConfig.from_pretrained(name)
         return cls(tokenizer, config, read("preprocessor_config.json"))
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps(self.preprocessor, indent=2)
-        (Path(folder) / "preprocessor_config.json").write_text(text)
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2))
 
     def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float,
                max_prompt: int = 16384, template: str = QUESTION_TRAIN) -> Prompt:
-        """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart, which the positions of
-        their temporal patches follow. BadRecord if the prompt exceeds max_prompt tokens (it is
-        never cut) or the question holds an image or video token."""
+        """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart. BadRecord if the prompt
+        exceeds max_prompt tokens (it is never cut), or its question holds a token of an image."""
         v, media = self.vision, self.media_ids[record["data_type"]]
         words = {"type": "text", "text": question_text(record, template)}
         messages = [{"role": "user", "content": [{"type": record["data_type"]}, words]}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
+        grid, runs = grid_of(frames, v), 1
+        if v.timestamps and record["data_type"] == "video":
+            text, runs = stamp(text, len(frames), v.temporal, seconds_per_frame), grid[0]
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
-        if torch.isin(ids, torch.tensor(list(self.media_ids.values()))).sum() != 1:
+        if torch.isin(ids, torch.tensor(list(self.media_ids.values()))).sum() != runs:
             raise BadRecord(f"{name_of(record)}: the question holds an image or video token")
-        grid = grid_of(frames, v)
         count = torch.ones_like(ids)
-        count[ids == media] = math.prod(grid) // v.merge ** 2
+        count[ids == media] = math.prod(grid) // v.merge ** 2 // runs
         ids = ids.repeat_interleave(count)
         if len(ids) > max_prompt:
-            raise BadRecord(f"{name_of(record)}: a prompt of {len(ids)} tokens exceeds the "
-                            f"limit of {max_prompt}")
+            count = f"a prompt of {len(ids)} tokens exceeds the limit of {max_prompt}"
+            raise BadRecord(f"{name_of(record)}: {count}")
         seconds = v.temporal * seconds_per_frame
-        positions = rope_positions(ids == media, grid, v.merge, v.tokens_per_second * seconds)
-        following = int(positions.max()) + 1
-        return Prompt(record, ids, positions, following, ids == media, frames, v, seconds)
+        ticks = 1 if v.tokens_per_second is None else v.tokens_per_second * seconds
+        positions = rope_positions(ids == media, grid, v.merge, ticks)
+        after = int(positions.max()) + 1
+        return Prompt(record, ids, positions, after, ids == media, frames, v, seconds)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attribution import SIGNALS
 from data import Limits, Prompts, Skipped, loader, read_records
-from policy import load_processor
+from policy import load_processor, weight_count
 from prompt import Processor, Prompt
 from run.logs import Log
 from run.options import Options
@@ -28,13 +28,12 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
     def fail(message: object):
         raise SystemExit(f"error: {message}")
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     unknown = [name for name in o.signals if name not in SIGNALS]
     if unknown:
         fail(f"unknown signal {unknown[0]!r}; known: {', '.join(SIGNALS)}")
-    if torch.cuda.is_available() and here > torch.cuda.device_count():
-        fail(f"{here} processes on this machine but only {torch.cuda.device_count()} GPUs; "
-             f"lower NPROC")
+    if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
+        fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
     if not Path(o.data).is_file():
         fail(f"--data {o.data}: no such file")
     if not Path(o.videos).is_dir():
@@ -50,8 +49,11 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
         processor = load_processor(o.model)
         weights_there(Path(o.model))
     except (ValueError, OSError, AttributeError, KeyError) as error:    # another architecture
-        fail(f"--model {o.model}: no complete Qwen2.5-VL checkpoint: "
+        fail(f"--model {o.model}: no checkpoint to start from: "
              f"{str(error).strip().splitlines()[0]}")
+    wanting = memory_wanting(o)
+    if wanting:
+        fail(wanting)
     rows = len(records) + len(malformed)
     if len(malformed) > UNUSABLE * rows:
         fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
@@ -81,6 +83,26 @@ def weights_there(folder: Path) -> None:
     missing = sorted(name for name in needed if not (folder / name).is_file())
     if folder.is_dir() and missing:
         raise OSError(f"{missing[0]} is missing")
+
+
+def memory_wanting(o: Options) -> str | None:
+    """Why the GPU cannot hold what lasts through a run, and what to do about it; None if it can.
+
+    Bytes a weight: 2, and 2 of gradient, 2 of the reference (bf16), 12/N of N processes' optimizer.
+    """
+    if not torch.cuda.is_available():
+        return None
+    n, each = weight_count(o.model), torch.finfo(getattr(torch, o.dtype)).bits // 8
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
+    state = 0 if o.offload else 12 / world
+    needed = n * (each * (3 if o.beta > 0 else 2) + state) / 2 ** 30
+    there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    if needed < 0.97 * there:
+        return None
+    host = 12 * n / 1e9
+    return (f"weights, gradients, reference and optimizer need {needed:.0f} GiB of each GPU, which "
+            f"has {there:.0f}; take more GPUs, or --offload (the optimizer's {host:.0f} GB stay in "
+            f"the host's memory), or --beta 0 (no reference)")
 
 
 def limits_of(o: Options) -> Limits:

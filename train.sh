@@ -10,6 +10,9 @@
 #   NPROC   processes on this node (all GPUs)       DEVICE=cpu  to try the recipe with a tiny model and no GPU
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes: the same command on each, with its NODE_RANK
 set -euo pipefail
+for name in DATA VIDEOS OUT; do         # relative paths are those of where you are
+    [ -z "${!name:-}" ] || [ "${!name:0:1}" = / ] || export "$name=$PWD/${!name}"
+done
 cd "$(dirname "$0")"
 . run/env.sh
 
@@ -17,12 +20,13 @@ toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
     [ -f "$world/test.json" ] || "$PY" -m lab.toy make "$world"
-    evaluate="evaluate.py --benchmark toy --data $world/test.json --videos $world --max_new_tokens 64 --batch 100 --dtype float32 --workers 1"
-    "$PY" $evaluate --model cold_start --out "$out/before"
-    "$PY" ktr.py --model cold_start --data "$world/train.json" --out "$out" --dtype float32 --no_checkpointing \
-        --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 5e-5 --warmup_steps 10 \
-        --save_every 50 --workers 1 "$@"
-    "$PY" $evaluate --model "$out/final" --out "$out/after"
+    evaluate=(evaluate.py --benchmark toy --data "$world/test.json" --videos "$world"
+              --max_new_tokens 64 --batch 100 --dtype float32 --workers 1)
+    "$PY" "${evaluate[@]}" --model cold_start --out "$out/before"
+    "$PY" ktr.py --model cold_start --data "$world/train.json" --out "$out" --dtype float32 \
+        --no_checkpointing --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 5e-5 \
+        --warmup_steps 10 --save_every 50 --workers 1 "$@"
+    "$PY" "${evaluate[@]}" --model "$out/final" --out "$out/after"
     "$PY" -m lab.toy table "$out"
     "$PY" -m lab.report "$out"
 }
@@ -35,31 +39,39 @@ recipe() {
         [ -f "$DATA" ] || "$PY" -m lab.dryrun clips "$(dirname "$DATA")" --frames "$FRAMES"
         set -- --max_steps 12 --save_every 0 --sample_every 1000000 --max_frames "$FRAMES" "$@"
     fi
-    [ -n "${DATA:-}" ] || { echo "error: DATA is not set; it names the file of training records" >&2; exit 1; }
+    if [ -z "${DATA:-}" ]; then
+        echo "error: DATA is not set; it names the file of training records" >&2; exit 1
+    fi
     gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
     if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
         echo "error: no GPU found; the 7B recipe needs some (DEVICE=cpu tries it with a tiny model)" >&2; exit 1
     fi
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
     if [ -n "$dry" ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
-        echo "note: the optimizer's state does not fit beside a 7B on one GPU; holding an eighth of it, as one of 8 ranks does"
-        set -- --shards 8 "$@"
+        echo "note: on one GPU the optimizer's state stays in host memory (--offload)"
+        set -- --offload "$@"
     fi
-    set -- --model "${MODEL:-Video-R1/Qwen2.5-VL-7B-COT-SFT}" --data "$DATA" --videos "${VIDEOS:-$(dirname "$DATA")}" \
-        --out "${OUT:-runs/7b}" "$@"
+    set -- --model "${MODEL:-Video-R1/Qwen2.5-VL-7B-COT-SFT}" --data "$DATA" \
+        --videos "${VIDEOS:-$(dirname "$DATA")}" --out "${OUT:-runs/7b}" "$@"
     LOCAL_WORLD_SIZE=$nproc "$PY" ktr.py "$@" --check
     run=("$PY" -m torch.distributed.run --nproc_per_node "$nproc")
     if [ "${NNODES:-1}" = 1 ]; then run+=(--standalone); else
-        run+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?NODE_RANK is not set}" --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set}"
+        run+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?NODE_RANK is not set}"
+              --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set}"
               --master_port "${MASTER_PORT:-29500}")
     fi
-    # a checkpoint of the 7B can take longer to write than the 30 s that torchrun leaves after SIGTERM (torch 2.13 lets us say)
+    # a checkpoint of the 7B can take longer to write than the 30 s that torchrun leaves after
+    # SIGTERM (torch 2.13 lets us say)
     [[ "$("${run[@]}" --help)" != *--shutdown-timeout* ]] || run+=(--shutdown-timeout 900)
     trap 'kill -TERM "$child"' TERM INT             # torchrun hands it on; every rank saves and leaves
     "${run[@]}" ktr.py "$@" & child=$!
     wait "$child" || wait "$child"                  # a signal ends the first wait
     [ "${NODE_RANK:-0}" = 0 ] || return 0
-    if [ -n "$dry" ]; then "$PY" -m lab.dryrun table "$OUT"; else "$PY" -m lab.report "${OUT:-runs/7b}"; fi
+    if [ -n "$dry" ]; then
+        "$PY" -m lab.dryrun table "$OUT"
+    else
+        "$PY" -m lab.report "${OUT:-runs/7b}"
+    fi
 }
 
 case "${1:-toy}" in

@@ -1,34 +1,118 @@
-"""TEMPORARY"""
+"""A model made ready: its weights in one buffer, this project's attention, layers compiled once.
+
+`recompute` is gradient checkpointing (Chen et al. 2016): a layer keeps its input only and computes the rest
+again in the backward pass. `multiply_together` makes one product of those that share their input.
+"""
+
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine import thin
 from engine.packing import NAMES, has_varlen
 from engine.sharded import flatten
 
 
 def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Weights in one buffer on `device`, this project's attention, and one product where several share their input.
+    """The same model on `device`, in evaluation mode, for `policy.sample` and `policy.score`.
 
-    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length, and serve all: norms,
-    rotations and activations fuse. The first step pays for it.
+    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length, and serve
+    all: norms, rotations and activations fuse. The first step pays for it.
     """
     flatten(model, device)
     model.set_attn_implementation(NAMES)
     for layer in model.model.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         multiply_together(attention.q_proj, attention.k_proj, attention.v_proj)
+        multiply_together(attention.o_proj)
         multiply_together(mlp.gate_proj, mlp.up_proj)
-    if has_varlen(model.flat):
-        torch._dynamo.config.recompile_limit = 64       # with and without gradient, checkpointing, text alone, ..
-        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
-            layer.compile(dynamic=True)
+        multiply_together(mlp.down_proj)
+    for block in model.model.visual.blocks:
+        round_up(block.mlp)
+    for layer in layers_of(model):
+        able_to_recompute(layer)
+        if has_varlen(model.flat):
+            compile_layer(layer)
     return model.eval()
 
 
-def multiply_together(*linears: nn.Linear) -> None:
-    """Without gradients, the first of these neighbours in `flat` multiplies for all and the others take their part.
+def compiled_on_cuda(function, dynamic: bool = False):
+    """The function, compiled where its first argument is on a GPU: for each length, or for any."""
+    compiled = torch.compile(function, dynamic=dynamic)
 
-    A decoding step waits for small kernels as long as for large ones; the model's own forward stays as it is.
+    @wraps(function)
+    def chosen(x: Tensor, *more):
+        return (compiled if x.is_cuda else function)(x, *more)
+
+    return chosen
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Vision blocks and decoder layers."""
+    return [*model.model.visual.blocks, *model.model.language_model.layers]
+
+
+def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
+    """Compile what `able_to_recompute` made of its forward, for any length or for the one it meets."""
+    torch._dynamo.config.recompile_limit = 64           # with and without gradient, text alone, ..
+    if not how:         # inductor may pad a product or not, by timing both: off, for one form a layer
+        how = {"options": {"shape_padding": False}}
+    # fullgraph: where the graph broke, recomputation would fall out of it
+    compiled = torch.compile(layer.whole, dynamic=dynamic, fullgraph=True, **how)
+
+    def forward(hidden_states: Tensor, **more) -> Tensor:
+        if hidden_states._is_view():                    # else the first layer had a form of its own
+            hidden_states = hidden_states.clone()
+        return compiled(hidden_states, **more)
+
+    layer.forward = forward
+
+
+def recompute(model: nn.Module, on: bool = True) -> nn.Module:
+    """Gradient checkpointing of every layer, on or off."""
+    for layer in layers_of(model):
+        layer.recomputes = on
+    return model
+
+
+def able_to_recompute(layer: nn.Module) -> None:
+    """Checkpointing inside the layer's forward, and so inside what is compiled: forward and recomputation are
+    traced as one graph. Outside it (transformers' own, up to 5.17), each would be compiled by itself, at the
+    mercy of guards and timings, and a recomputed value could have another shape than the one it stands for."""
+    plain, layer.recomputes = layer.forward, False
+
+    def forward(hidden_states: Tensor, **more) -> Tensor:
+        if layer.recomputes and torch.is_grad_enabled():
+            return checkpoint(lambda x: plain(x, **more), hidden_states, use_reentrant=False)
+        return plain(hidden_states, **more)
+
+    layer.whole = layer.forward = forward
+
+
+def round_up(mlp: nn.Module) -> None:
+    """Let a vision block's MLP multiply with zeros appended: the same result, but 3,420 columns are no multiple
+    of 8, and kernels for such matrices take four times as long."""
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    short = -gate.out_features % 8
+
+    def longer(x: Tensor, own: nn.Linear) -> Tensor:
+        return F.linear(x, F.pad(own.weight, (0, 0, 0, short)), F.pad(own.bias, (0, short)))
+
+    def forward(x: Tensor) -> Tensor:
+        inner = mlp.act_fn(longer(x, gate)) * longer(x, up)
+        return F.linear(inner, F.pad(down.weight, (0, short)), down.bias)
+
+    if short:
+        mlp.forward = forward
+
+
+def multiply_together(*linears: nn.Linear) -> None:
+    """Without gradients, the first of these neighbours in `flat` multiplies for all; the others take their part.
+
+    A decoding step waits for small kernels as long as for large ones. With gradients all is as it was.
     """
     sizes, parts = [x.out_features for x in linears], []
     first, columns = linears[0], linears[0].in_features
@@ -38,14 +122,20 @@ def multiply_together(*linears: nn.Linear) -> None:
             return F.linear(x, first.weight, first.bias)
         weight = first.weight.as_strided((sum(sizes), columns), (columns, 1))
         bias = None if first.bias is None else first.bias.as_strided((sum(sizes),), (1,))
-        parts[:] = F.linear(x, weight, bias).split(sizes, -1)
+        parts[:] = thin.linear(x, weight, bias).split(sizes, -1)
         return parts.pop(0)
 
-    for linear, after in zip(linears, linears[1:]):
-        for a, b in ((linear.weight, after.weight), (linear.bias, after.bias)):
-            if a is not None and a.data_ptr() + a.numel() * a.element_size() != b.data_ptr():
-                return                                  # not neighbours (sizes that are no multiples of 64): as it was
-        after.forward = lambda x, own=after: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
+    def taking(own: nn.Linear):
+        return lambda x: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
+
+    if not all(adjoin(a, b) for a, b in zip(linears, linears[1:])):
+        return                                          # sizes that are no multiples of 64: all as it was
+    for linear in linears[1:]:
+        linear.forward = taking(linear)
     first.forward = joint
 
 
+def adjoin(a: nn.Linear, b: nn.Linear) -> bool:
+    """Whether the weights (and biases) of b begin where those of a end."""
+    pairs = [(x, y) for x, y in ((a.weight, b.weight), (a.bias, b.bias)) if x is not None]
+    return all(x.data_ptr() + x.numel() * x.element_size() == y.data_ptr() for x, y in pairs)

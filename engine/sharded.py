@@ -2,97 +2,74 @@
 
 bf16 keeps 8 bits of a weight, so most updates of 2e-6 would round away; the optimizer therefore keeps every
 weight in fp32 and the model's copy is rounded from it. The model's weights live in one flat buffer, cut into
-equal shards: each rank updates its shard, and one all-gather brings every rank the rest. torch ships
-ZeroRedundancyOptimizer, but it steps in the weights' own precision and sends them tensor by tensor.
+equal shards: each rank updates its shard, and one all-gather brings every rank the rest. `offload` keeps the
+fp32 state (12 bytes a weight) in pinned host memory; parts of it visit the GPU for the step, the next part
+arriving while one is computed and the last one leaves (ZeRO-Offload, Ren et al. 2021, has the CPU compute).
 """
 
-import os
-import sys
-from datetime import timedelta
+from dataclasses import dataclass
+from math import sqrt
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-AT_ONCE = 1 << 28       # weights whose fp32 gradients exist at once: 1 GiB
+AT_ONCE = 1 << 26       # weights of a part: 256 MiB in fp32, a power of two as pinned memory comes in
 ALIGN = 64              # weights start at multiples of 128 bytes (bf16), as kernels like them
 MOST_RANKS = 4096
-
-
-def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
-    """(rank, world size, device): one process, or as many as torchrun started; NCCL on GPUs, else gloo.
-
-    The timeout is for ranks that wait: for rank 0 to write a checkpoint to a slow disk, say. A rank that raises or dies
-    does not need it; torchrun ends the others then.
-    """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def leave() -> None:
-    """End this process, one of several, when its work is done.
-
-    Under torch 2.13, gloo's destructors abort about one exit in 40 ("terminate called without an active exception"),
-    which torchrun takes for a failure of the whole run; so they do not get to run.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        if dist.get_backend() == "gloo":
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        dist.destroy_process_group()
 
 
 def flatten(module: nn.Module, device: torch.device | str) -> None:
     """Move the parameters of `module` to `device`, into one buffer `module.flat`: matrices first, then vectors.
 
-    One buffer can be cut into equal shards and gathered by one collective. Its order makes neighbours of weights
-    that multiply the same input (q, k, v; gate, up), so decoding can multiply them at once (policy.py).
+    One buffer can be cut into equal shards and gathered by one collective. Its order makes neighbours of
+    weights that multiply the same input (q, k, v; gate, up), so decoding can multiply them at once.
     """
     params = sorted(module.parameters(), key=lambda p: p.ndim < 2)
     sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
-    module.flat = torch.zeros(sum(sizes) + MOST_RANKS * ALIGN, dtype=params[0].dtype, device=device)     # shards end alike
+    spare = MOST_RANKS * ALIGN                          # so that the last shard is as long as the others
+    module.flat = torch.zeros(sum(sizes) + spare, dtype=params[0].dtype, device=device)
     with torch.no_grad():
-        for p, part in zip(params, module.flat.split([*sizes, MOST_RANKS * ALIGN])):
+        for p, part in zip(params, module.flat.split([*sizes, spare])):
             view = part[:p.numel()].view_as(p)
             view.copy_(p)
             p.data = view
     module.to(device)                                   # what is left: the buffers
 
 
-class ShardedAdamW:
-    """AdamW over the parameters of a flattened module. Norms and biases are not decayed.
+@dataclass
+class Part:
+    """Up to AT_ONCE weights whose state is stepped together."""
+    state: list[Tensor]                 # master weights, first and second moments, each (n,) fp32
+    pieces: list[tuple[nn.Parameter, int, int, int]]    # parameter, from, to, and where in the state that is
 
-    With the parameters' gradients averaged over the ranks already (DDP), `step` makes the same update on every
-    rank. shards > world size holds and updates only the first of them: for measuring memory, not for training.
+
+class ShardedAdamW:
+    """AdamW over the parameters of a flattened module that have gradients. Norms and biases are not decayed.
+
+    With the gradients averaged over the ranks already (DDP), `step` makes the same update on every rank.
     """
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, shards: int | None = None, offload=False):
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.params = sorted((p for p in module.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
-        first = self.params[0]
-        starts = [(p.data_ptr() - module.flat.data_ptr()) // first.element_size() for p in self.params]
+    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, offload: bool = False):
+        several = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.lr, self.weight_decay, self.betas, self.eps, self.steps = lr, weight_decay, betas, eps, 0
+        self.params = sorted(module.parameters(), key=lambda p: p.ndim < 2)
+        starts = [p.storage_offset() for p in self.params]
         total = starts[-1] + self.params[-1].numel()
-        size = -(-total // ((shards or self.world) * ALIGN)) * ALIGN
-        self.flat = module.flat[:size * (shards or self.world)]
+        size = -(-total // (self.world * ALIGN)) * ALIGN
+        self.flat = module.flat[:size * self.world]
         self.low, self.high = self.rank * size, (self.rank + 1) * size
-        self.pieces = []                                # (parameter, from, to, fp32 master of that part), this rank's
+        mine = []                                       # (parameter, from, to) of this rank's weights
         for p, start in zip(self.params, starts):
             a, b = max(self.low - start, 0), min(self.high - start, p.numel())
-            if a < b:
-                self.pieces.append((p, a, b, p.detach().view(-1)[a:b].float().clone()))
-        groups = [{"params": [m for p, _, _, m in self.pieces if (p.ndim > 1) == decayed], "weight_decay": wd}
-                  for decayed, wd in ((True, weight_decay), (False, 0.0))]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]] or [torch.zeros(1)], lr=lr, betas=betas, eps=eps,
-                                      fused=first.is_cuda)
+            if p.requires_grad and a < b:
+                mine.append((p, a, b))
+        device = self.flat.device
+        self.parts = [part_of(pieces, "cpu" if offload else device, pin=offload and device.type == "cuda")
+                      for pieces in cut(mine)]
+        self.visit = Visits(device) if offload and device.type == "cuda" else None
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -104,9 +81,11 @@ class ShardedAdamW:
     def grad_norm(self) -> float:
         """L2 norm of the whole gradient, the same number on every rank; nan or inf if any part of it is."""
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
-        for p, a, b, _ in self.pieces:
-            if p.grad is not None:
-                squares += torch.linalg.vector_norm(p.grad.view(-1)[a:b], dtype=torch.float32).double().square()
+        for part in self.parts:
+            for p, a, b, _ in part.pieces:
+                if p.grad is not None:
+                    norm = torch.linalg.vector_norm(p.grad.view(-1)[a:b], dtype=torch.float32)
+                    squares += norm.double().square()
         if self.world > 1:
             dist.all_reduce(squares)
         return squares.sqrt().item()
@@ -114,34 +93,108 @@ class ShardedAdamW:
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
         """One update with the gradients times `scale`; afterwards every rank holds the same weights."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        pieces = list(self.pieces)
-        while pieces:
-            part, size = [], 0
-            while pieces and (not part or size + pieces[0][3].numel() <= AT_ONCE):
-                part.append(pieces.pop(0))
-                size += part[-1][3].numel()
-            for p, a, b, master in part:
-                master.grad = None if p.grad is None else p.grad.view(-1)[a:b] * scale if p.dtype == torch.float32 else p.grad.view(-1)[a:b].float().mul_(scale)
-            self.adam.step()                            # of those that have a gradient
-            for p, a, b, master in part:
-                master.grad = None
-                p.view(-1)[a:b] = master
+        self.lr, self.steps = lr, self.steps + 1
+        if self.visit is not None:
+            self.visit.all(self.parts, lambda part, state: self.update(part, state, scale))
+        else:
+            for part in self.parts:
+                self.update(part, part.state, scale)
         if self.world > 1:
             dist.all_gather_into_tensor(self.flat, self.flat[self.low:self.high].clone())
 
+    def update(self, part: Part, state: list[Tensor], scale: float) -> None:
+        """Step one part, whose state is (perhaps a copy of) `state`, and round its master weights into the model."""
+        for p, a, b, at in part.pieces:
+            if p.grad is not None:
+                master, m, v = (x[at:at + b - a] for x in state)
+                self.adamw(master, m, v, p.grad.view(-1)[a:b].float() * scale, p.ndim > 1)
+                p.view(-1)[a:b] = master
+
+    def adamw(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, decayed: bool) -> None:
+        """Loshchilov and Hutter 2019, algorithm 2, in place; operations ordered as in torch.optim.AdamW."""
+        b1, b2 = self.betas
+        if decayed:
+            w.mul_(1 - self.lr * self.weight_decay)
+        m.lerp_(grad, 1 - b1)
+        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        spread = (v.sqrt() / sqrt(1 - b2 ** self.steps)).add_(self.eps)
+        w.addcdiv_(m, spread, value=-self.lr / (1 - b1 ** self.steps))
+
     def state_dict(self) -> dict:
         """This rank's shard."""
-        return {"masters": [m for *_, m in self.pieces], "adam": self.adam.state_dict(),
+        if self.visit is not None:
+            torch.cuda.synchronize()
+        return {"state": [part.state for part in self.parts], "steps": self.steps,
                 "rank": self.rank, "world": self.world}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take up a shard saved by the same rank of as many. The model's own weights come from the same checkpoint."""
+        """Take up a shard saved by the same rank of as many. The model's own weights come from its checkpoint."""
         if (state["rank"], state["world"]) != (self.rank, self.world):
             raise ValueError(f"the optimizer state is that of rank {state['rank']} of {state['world']}, "
                              f"this is rank {self.rank} of {self.world}")
-        for (p, a, b, master), saved in zip(self.pieces, state["masters"], strict=True):
-            master.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
+        for part, saved in zip(self.parts, state["state"], strict=True):
+            for own, other in zip(part.state, saved, strict=True):
+                own.copy_(other)
+        self.steps = state["steps"]
+
+
+def cut(mine: list[tuple[nn.Parameter, int, int]]) -> list[list[tuple[nn.Parameter, int, int]]]:
+    """The same weights in order, in lists of at most AT_ONCE."""
+    lists, room = [], 0
+    for p, a, b in mine:
+        while a < b:
+            if room == 0:
+                lists.append([])
+                room = AT_ONCE
+            take = min(room, b - a)
+            lists[-1].append((p, a, a + take))
+            a, room = a + take, room - take
+    return lists
+
+
+def part_of(pieces: list[tuple[nn.Parameter, int, int]], device: torch.device | str, pin: bool) -> Part:
+    """Fresh state of these weights: their fp32 copy, and no moments yet."""
+    sizes = [b - a for _, a, b in pieces]
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    state = [torch.zeros(sum(sizes), device=device, pin_memory=pin) for _ in range(3)]
+    with torch.no_grad():
+        for (p, a, b), at in zip(pieces, places):
+            state[0][at:at + b - a] = p.view(-1)[a:b]
+    return Part(state, [(*piece, at) for piece, at in zip(pieces, places)])
+
+
+class Visits:
+    """Parts of host state take turns in two sets of GPU buffers: while one is stepped, the next arrives on a
+    stream of its own and the last one leaves on another."""
+
+    def __init__(self, device: torch.device):
+        self.buffers = [[torch.empty(AT_ONCE, device=device) for _ in range(3)] for _ in range(2)]
+        self.coming, self.going = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def all(self, parts: list[Part], update) -> None:
+        """update(part, its state on the GPU) for every part, in order; what it leaves there goes home."""
+        here = torch.cuda.current_stream()
+        left, arrived = [torch.cuda.Event(), torch.cuda.Event()], [torch.cuda.Event(), torch.cuda.Event()]
+
+        def fetch(k: int) -> None:
+            with torch.cuda.stream(self.coming):
+                self.coming.wait_event(left[k % 2])     # the part before last has gone from these buffers
+                for buffer, home in zip(self.buffers[k % 2], parts[k].state):
+                    buffer[:len(home)].copy_(home, non_blocking=True)
+                arrived[k % 2].record()
+
+        self.coming.wait_stream(self.going)
+        for k in range(min(1, len(parts))):
+            fetch(k)
+        for k, part in enumerate(parts):
+            if k + 1 < len(parts):
+                fetch(k + 1)
+            here.wait_event(arrived[k % 2])
+            update(part, self.buffers[k % 2])
+            self.going.wait_stream(here)
+            with torch.cuda.stream(self.going):
+                for buffer, home in zip(self.buffers[k % 2], part.state):
+                    home.copy_(buffer[:len(home)], non_blocking=True)
+                left[k % 2].record()
+        here.wait_stream(self.going)

@@ -83,10 +83,9 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
 
     table = {}
     for look, mask in masks.items():
-        table[look] = {
-            "share": {name: share(classes[mask] == i) for i, name in enumerate(CLASSES)},
-            "recall": {name: share(mask[classes == i]) for i, name in enumerate(CLASSES[:2])},
-            "place": places[mask].mean().item()}
+        shares = {name: share(classes[mask] == i) for i, name in enumerate(CLASSES)}
+        recall = {name: share(mask[classes == i]) for i, name in enumerate(CLASSES[:2])}
+        table[look] = {"share": shares, "recall": recall, "place": places[mask].mean().item()}
     times = masks["visual"].int() + masks["temporal"].int() + masks["entropy"].int()
     union = times[times > 0]
     several = {str(n): share(union == n) for n in (1, 2, 3)}
@@ -106,7 +105,7 @@ def print_table(table: dict, ratio: float) -> None:
         visual, temporal = (100 * x for x in row["recall"].values())
         recall = f"{visual:7.1f}% {temporal:8.1f}%"
         print(f"{look:20} {'':15}{shares}  {'':12}{recall}   {row['place']:.2f}")
-    overlap = table["overlap"]
-    print(f"visual, temporal and entropy together choose {overlap['union']:.1%} of the tokens; of "
-          f"these one signal alone chose {overlap['1']:.0%}, two {overlap['2']:.0%}, "
-          f"all three {overlap['3']:.0%}")
+    union, *several = table["overlap"].values()
+    one, two, three = (f"{part:.0%}" for part in several)
+    print(f"visual, temporal and entropy together choose {union:.1%} of the tokens; of these one "
+          f"signal alone chose {one}, two {two}, all three {three}")

@@ -92,5 +92,6 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     for rule, row in table.items():
         print(f"{rule:12} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
               f"cosine with the whole: {row['cosine key']:.3f}, {row['cosine other']:.3f}")
-    print("variance of the loss:", *(f"{rule} {value:.3f}" for rule, value in variance.items()))
+    variances = [f"{rule} {value:.3f}" for rule, value in variance.items()]
+    print(f"variance of the loss: {', '.join(variances)}")
     return {"gradients": table, "loss variance": variance}

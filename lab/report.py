@@ -91,23 +91,21 @@ def read_run(folder: Path) -> dict:
     for name in dict.fromkeys(name for row in rows for name in row):
         column = [row.get(name) for row in rows[::every]]
         log[name] = [y if isinstance(y, (int, float)) else None for y in column]
-    options = {}
+    options, path = {}, folder / "options.json"
     try:
-        text = (folder / "options.json").read_text(encoding="utf-8")
-        options = dict(json.loads(text, parse_constant=number))
+        options = dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=number))
     except (OSError, ValueError, TypeError) as error:
-        notes.append(f"{folder / 'options.json'}: {error}")
-    smoothed = {name: smooth(ys) for name, ys in log.items()}
-    return {"steps": len(rows), "log": log, "smooth": smoothed, "samples": samples,
-            "options": options, "notes": notes}
+        notes.append(f"{path}: {error}")
+    return {"steps": len(rows), "log": log, "smooth": {x: smooth(ys) for x, ys in log.items()},
+            "samples": samples, "options": options, "notes": notes}
 
 
 # ------------------------------------------------------------------------------------------- tables
 WORDS_HEAD = ["word", "occurs", "selected", "share", "lift"]
-OVERLAP_HEAD = ["selected by", "tokens", "share", "by chance"]
-OVERLAP_NOTE = "Tokens that exactly these signals select. By chance: if they chose independently."
-POSITIONS_HEAD = ["signal", *(f"{10 * i}–{10 * i + 10}%" for i in range(10))]
-POSITIONS_NOTE = "Share of the tokens in each tenth of a completion that a signal selects."
+OVERLAP = ("Overlap", "Tokens that exactly these signals select. By chance: if they chose "
+           "independently.", ["selected by", "tokens", "share", "by chance"])
+POSITIONS = ("Positions", "Share of the tokens in each tenth of a completion that a signal "
+             "selects.", ["signal", *(f"{10 * i}–{10 * i + 10}%" for i in range(10))])
 
 
 def percent(part: float, of: float) -> str:
@@ -152,8 +150,7 @@ def sample_tables(samples: list[dict]) -> list[Table]:
         chance = math.prod(p if name in names else 1 - p for name, p in shares.items())
         share = percent(n, sets.total())
         overlap.append([" + ".join(names) or "none", n, share, percent(chance, 1)])
-    return [*tables, ("Overlap", OVERLAP_NOTE, OVERLAP_HEAD, overlap),
-            ("Positions", POSITIONS_NOTE, POSITIONS_HEAD, positions)]
+    return [*tables, (*OVERLAP, overlap), (*POSITIONS, positions)]
 
 
 def option_tables(runs: list[dict]) -> list[Table]:
@@ -169,12 +166,11 @@ def option_tables(runs: list[dict]) -> list[Table]:
 # --------------------------------------------------------------------------------------------- page
 def groups_of(names: list[str]) -> dict[str, list[str]]:
     """The columns of log.jsonl that are drawn, by heading."""
-    groups = {
-        "Reward and its parts": ["reward", "accuracy", "format", "bonus"],
-        "Completions and steps": ["length", "kl", "grad_norm", "skipped"],
-        "Share of selected tokens":
-            ["key_share", *(x for x in names if x.startswith("share_")), "overlap"],
-        "Seconds by phase": ["seconds", *(x for x in names if x.startswith("seconds_"))]}
+    shares, seconds = ([x for x in names if x.startswith(y)] for y in ("share_", "seconds_"))
+    groups = {"Reward and its parts": ["reward", "accuracy", "format", "bonus"],
+              "Completions and steps": ["length", "kl", "grad_norm", "skipped"],
+              "Share of selected tokens": ["key_share", *shares, "overlap"],
+              "Seconds by phase": ["seconds", *seconds]}
     shown = {"step"}.union(*groups.values())
     groups["Everything else"] = [x for x in names if x not in shown]
     present = {title: [x for x in group if x in names] for title, group in groups.items()}
@@ -184,17 +180,15 @@ def groups_of(names: list[str]) -> dict[str, list[str]]:
 def content_of(folders: list[Path]) -> dict:
     """All that a page could show, without the clips."""
     base = os.path.commonpath([folder.resolve().parent for folder in folders])
-    runs, tables, notes, values = [], [], [], {}
-    for folder in folders:
-        run = {"name": os.path.relpath(folder.resolve(), base), **read_run(folder)}
-        runs.append(run)
+    runs = [{"name": os.path.relpath(x.resolve(), base), **read_run(x)} for x in folders]
+    tables, notes, values = [], [], {}
+    for run in runs:
         notes += run["notes"]
         for title, *rest in sample_tables(run["samples"]):
             tables.append((f"{title} ({run['name']})" if len(folders) > 1 else title, *rest))
         for name, ys in run["log"].items():
             values.setdefault(name, set()).update(y for y in ys if y is not None)
-    constant = [f"{name} {min(ys)}" for name, ys in values.items()
-                if len(ys) == 1 and name != "step"]
+    constant = [f"{x} {min(ys)}" for x, ys in values.items() if len(ys) == 1 and x != "step"]
     return {"runs": runs, "signals": SIGNALS, "colours": COLOURS, "clips": {},
             "tables": tables + option_tables(runs), "constant": constant, "notes": notes,
             "groups": groups_of([name for name, ys in values.items() if len(ys) > 1])}
@@ -259,11 +253,10 @@ def build(content: dict, limit: int = LIMIT) -> str:
             break
         content["clips"][clip] = frames
     shown = sum(len(run["samples"]) for run in content["runs"])
-    for what, kept, of in (("samples", shown, sum(map(len, everything))),
-                           ("samples' clips", len(content["clips"]), len(clips))):
-        if kept < of:
-            content["notes"].append(f"{kept} of {of} {what} are shown, to stay below "
-                                    f"{limit / 1e6:g} MB (the tables count all)")
+    counts = (("samples", shown, sum(map(len, everything))),
+              ("samples' clips", len(content["clips"]), len(clips)))
+    content["notes"] += [f"{kept} of {of} {what} are shown, to stay below {limit / 1e6:g} MB (the "
+                         "tables count all)" for what, kept, of in counts if kept < of]
     return render(content)
 
 
@@ -293,7 +286,8 @@ def plot(runs: list[dict], names: list[str], page: Path) -> None:
             if "band" in run:
                 panel.fill_between(steps, *run["band"][name], color=look["color"], alpha=0.12)
     if len(runs) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        lines = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=4)
     for kind in (".svg", ".png"):
         figure.savefig(page.with_suffix(kind), dpi=110)
         print(page.with_suffix(kind))
@@ -303,8 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that ktr.py wrote")
-    parser.add_argument("--out", type=Path,
-                        help="the page (default: report.html in the first folder)")
+    parser.add_argument("--out", type=Path, help="the page (default: in the first folder)")
     a = parser.parse_args()
     out, content = a.out or a.runs[0] / "report.html", content_of(a.runs)
     out.write_text(build(content), encoding="utf-8")

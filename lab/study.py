@@ -1,11 +1,9 @@
 """Is the key token key? One training under many rules for choosing tokens, on the toy world.
 
-    python -m lab.study                     every variant below, five seeds each; resumable
+    python -m lab.study                         all variants, five seeds each; resumable
     python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
-                                            some of them, and one of your own
-    python -m lab.study --rule mine.py      a file's rule against its controls, with a page
-    python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
-                                            the paper's gradient analysis (gradients.py)
+    python -m lab.study --rule mine.py          a file's rule against its controls, with a page
+    python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
 
 All variants share data, seeds, learning rate and steps. Differences are paired by seed: the same
 cold start, the same order of prompts, the same random numbers in sampling. "/selected" variants
@@ -23,7 +21,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 import torch
 from tqdm import tqdm
@@ -102,7 +99,7 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gp
     rules = [(ROOT / word).read_text() for word in shlex.split(options) if word.endswith(".py")]
     if made_by.exists() and json.loads(made_by.read_text()) != commands + rules:
         raise RuntimeError(f"{run} holds a run under other options or another text of its rule; "
-                           "remove it or choose another --out")
+                           "remove it or change --out")
     if (run / "after" / "scores.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -129,24 +126,18 @@ def try_one_step(options: str, a: argparse.Namespace) -> None:
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
     """Every variant and seed, `a.jobs` at once: by default one per core, or four per GPU."""
-    gpus = [str(i) for i in range(torch.cuda.device_count())]
-    jobs = a.jobs or 4 * len(gpus) or os.cpu_count()
-    free: Queue = Queue()                   # the GPUs ("" without any) that may take a run
-    for i in range(jobs):
-        free.put(gpus[i % len(gpus)] if gpus else "")
-    work = [(name, seed) for seed in range(a.seeds) for name in variants]
+    gpus = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    jobs = a.jobs or (os.cpu_count() if gpus == [""] else 4 * len(gpus))
+    work = [(seed, name) for seed in range(a.seeds) for name in variants]
     bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
 
-    def one(item: tuple[str, int]) -> None:
-        gpu = free.get()
-        try:
-            train_and_test(*item, variants[item[0]], a, gpu)
-        finally:
-            free.put(gpu)
-            bar.update()
+    def one(i: int) -> None:
+        seed, name = work[i]
+        train_and_test(name, seed, variants[name], a, gpus[i % len(gpus)])
+        bar.update()
 
     with bar, ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, work))
+        list(pool.map(one, range(len(work))))           # a failure is raised here, the rest dropped
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -160,25 +151,13 @@ def outcome(run: Path) -> dict[str, float]:
     log = read_log(run)
     late = log[-max(1, len(log) // 5):]
     scores = json.loads((run / "after" / "scores.json").read_text())["scores"]
-    return {
-        "accuracy": 100 * scores["all"]["strict"],
-        "learning": 100 * statistics.mean(row["accuracy"] for row in log),
-        "reward": statistics.mean(row["reward"] for row in late),
-        "share": 100 * statistics.mean(row["key_share"] for row in late),
-        "kl": statistics.mean(row["kl"] for row in late),
-        "grad": statistics.mean(row["grad_norm"] for row in late),
-        "seconds": sum(row["seconds"] for row in log),
-    }
-
-
-def compare(found: dict[str, list[dict]], measure: str, control: str) -> dict[str, list[float]]:
-    """name -> differences from the control, seed by seed."""
-    differences = {}
-    for name, runs in found.items():
-        if name != control:
-            differences[name] = [run[measure] - other[measure]
-                                 for run, other in zip(runs, found[control])]
-    return differences
+    return {"accuracy": 100 * scores["all"]["strict"],
+            "learning": 100 * statistics.mean(row["accuracy"] for row in log),
+            "reward": statistics.mean(row["reward"] for row in late),
+            "share": 100 * statistics.mean(row["key_share"] for row in late),
+            "kl": statistics.mean(row["kl"] for row in late),
+            "grad": statistics.mean(row["grad_norm"] for row in late),
+            "seconds": sum(row["seconds"] for row in log)}
 
 
 def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
@@ -186,13 +165,17 @@ def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
     p corrected for all variants compared with that control; printed as well."""
     found, table, notes = {}, {}, []
     for name in variants:
-        found[name] = [outcome(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
-        table[name] = {}
-        for measure in found[name][0]:
-            table[name][measure] = interval([run[measure] for run in found[name]])
+        runs = [outcome(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
+        table[name] = {measure: interval([run[measure] for run in runs]) for measure in runs[0]}
+        found[name] = runs
     compared = [label for label, (_, control) in COMPARISONS.items() if control in found]
     for label in compared:
-        differences = compare(found, *COMPARISONS[label])
+        measure, control = COMPARISONS[label]
+        differences = {}                                # from the control, seed by seed
+        for name in variants:
+            if name != control:
+                pairs = zip(found[name], found[control])
+                differences[name] = [run[measure] - other[measure] for run, other in pairs]
         corrected = holm({name: p_value(values) for name, values in differences.items()})
         for name, values in differences.items():
             table[name][label] = interval(values)
@@ -203,13 +186,10 @@ def make_table(variants: dict[str, str], a: argparse.Namespace) -> dict:
             alone, among = detectable(noise, a.seeds), detectable(noise, a.seeds, 0.05 / m)
             notes.append(f"{label}: {alone:.1f} points alone, {among:.1f} among {m}")
     print_rows(table, compared)
-    print(f"+-: 95% intervals over {a.seeds} seeds. learning: mean training accuracy over all steps"
-          " in percent, the area under the curve")
-    print("p: paired t over seeds, Holm's correction for all rules compared with that control;"
-          " below 0.05 the rules differ")
+    print(f"+-: 95% intervals over {a.seeds} seeds. learning: mean training accuracy of all steps")
+    print("p: paired t over seeds, Holm's correction for all rules compared with that control")
     if notes:
-        print("Found with 80% power at the 5% level, a true paired difference of: "
-              + "; ".join(notes))
+        print("Found with 80% power at the 5% level, a true difference of:", "; ".join(notes))
     return table
 
 
@@ -254,19 +234,18 @@ def draw(variants: dict[str, str], a: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
-    parser.add_argument("--add", nargs="+", default=[], metavar="NAME=OPTIONS",
-                        help="further variants, as options of ktr.py")
-    parser.add_argument("--rule", type=Path, help="a file that registers a rule (lab/rules)")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--jobs", type=int, default=0,
-                        help="runs at once (default: one per core, four per GPU)")
-    parser.add_argument("--world", default="toy_world")
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--out", default="runs/study")
-    parser.add_argument("--gradients", metavar="MODEL",
-                        help="the gradient analysis at this checkpoint instead")
+    add = parser.add_argument
+    names = ", ".join(VARIANTS).replace("%", "%%")
+    add("--only", nargs="+", help=f"of: {names}")
+    add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
+    add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
+    add("--seeds", type=int, default=5)
+    add("--steps", type=int, default=80)
+    add("--jobs", type=int, default=0, help="runs at once (default: one per core, four per GPU)")
+    add("--world", default="toy_world")
+    add("--model", default="cold_start")
+    add("--out", default="runs/study")
+    add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")

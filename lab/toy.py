@@ -1,4 +1,4 @@
-"""The toy world: real video files, questions whose every word has a known cause, a tiny Qwen2.5-VL.
+"""The toy world: real video files, questions whose every word has a known cause, tiny models.
 
 A clip shows two shapes, one after the other, each moving one way, while the background flashes 1 to
 4 times. Questions ask for looks (colour), motion (which way), order (which came first) and a count;
@@ -10,11 +10,11 @@ A careless teacher misnames each attribute at a rate of its own (SLIPS) and answ
 The cold start imitates it: where a slip is likelier than the truth, greedy decoding is wrong
 although the right word has probability left, and reinforcement learning has to find it.
 
-    python -m lab.toy make DIR                       write clips, images, train.json, test.json
-    python -m lab.toy cold_start DIR                 remake the shipped cold start (cold_start.py)
-    python -m lab.toy attribution --model DIR --data WORLD
-                                                     what each signal selects (attribution_table.py)
-    python -m lab.toy table RUN                      accuracy before and after
+    python -m lab.toy make DIR                  write clips, images, train.json, test.json
+    python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py);
+                                                --family qwen2, qwen3: another family's
+    python -m lab.toy attribution --model DIR   what signals select (attribution_table.py)
+    python -m lab.toy table RUN                 accuracy before and after
 """
 
 import argparse
@@ -27,8 +27,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from engine import families
 from prompt import QUESTION_EVAL, QUESTION_TRAIN, TYPE, Processor, Prompt, fit
 
 SIDE, FRAMES, FPS = 56, 8, 2
@@ -93,10 +94,8 @@ def new_scene(rng: random.Random, kind: str) -> dict:
         way, centre = rng.choice(list(WAYS)), (rng.randint(24, 32), rng.randint(24, 32))
         start = 4 if count == 2 and i != first else 0
         things.append(dict(shape=shape, colour=colour, way=way, start=start, centre=centre))
-    if count == 1:
-        return {"things": things, "flashes": []}
-    number = rng.randint(1, 4)
-    return {"things": things, "flashes": sorted(rng.sample(range(FRAMES // 2), number))}
+    flashes = rng.sample(range(FRAMES // 2), rng.randint(1, 4)) if count == 2 else []
+    return {"things": things, "flashes": sorted(flashes)}
 
 
 def render(scene: dict) -> np.ndarray:
@@ -139,7 +138,7 @@ def new_question(rng: random.Random, scene: dict, kind: str) -> dict:
     answer = chr(65 + words.index(truth)) if words else truth
     return {"problem": text, "data_type": "image" if still else "video",
             "problem_type": "multiple choice" if words else "numerical",
-            "options": [f"{chr(65 + i)}. {word}" for i, word in enumerate(words)],
+            "options": [f"{letter}. {word}" for letter, word in zip("ABCDEF", words)],
             "solution": f"<answer>{answer}</answer>",
             "data_source": "image" if still else kind, "truth": truth}
 
@@ -196,12 +195,12 @@ def make(folder: Path, train: int = 1600, test: int = 600, seed: int = 0) -> Non
         records = []
         for i in tqdm(range(count), desc=f"toy world: {split}", unit="clip"):
             scene, record = new_example(rng)
-            still = record["data_type"] == "image"
-            path = folder / split / f"{i:05d}.{'png' if still else 'y4m'}"
-            if still:
-                Image.fromarray(render(scene)[0]).save(path)
+            frames, path = render(scene), folder / split / f"{i:05d}.y4m"
+            if record["data_type"] == "video":
+                write_y4m(path, frames)
             else:
-                write_y4m(path, render(scene))
+                path = path.with_suffix(".png")
+                Image.fromarray(frames[0]).save(path)
             records.append({"problem_id": i, **record, "path": f"./{split}/{path.name}"})
         partial = folder / f"{split}.json.part"         # the list appears once its clips are there
         partial.write_text(json.dumps(records, indent=0))
@@ -226,6 +225,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = ("a and also first the . flashes A B C D E F What colour is ? Which way does move shape "
          "comes How many are there Options : user assistant")
+STAMPS = " < > seconds 0 5 6 7 8 9"         # what Qwen3-VL's prompts say of times
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
@@ -233,11 +233,11 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
     """One token a word. The protocol's long sentences are one token each: prompts stay short."""
     sentences = [text.removeprefix("{Question}\n") for text in (QUESTION_TRAIN, QUESTION_EVAL)]
     sentences += sorted(text.strip() for text in set(TYPE.values()))
-    text = " ".join((*OPENINGS, *NOTICES, *CLOSINGS, *SHAPES, *COLOURS, *WAYS, *NUMBERS, WORDS))
+    text = " ".join((*OPENINGS, *NOTICES, *CLOSINGS, *SHAPES, *COLOURS, *WAYS, *NUMBERS, WORDS + more))
     words = dict.fromkeys((*SPECIAL, *TAGS, *text.split()))
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -249,30 +249,32 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
 
 
-def new_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL with 1.07 million parameters; every part of the 7B is there."""
-    token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+# family: (model_type, its own of the text model and of the vision tower, sections of M-RoPE)
+TOWER = dict(hidden_size=64, intermediate_size=128, out_hidden_size=128)
+TINY = {
+    "qwen2.5": ("qwen2_5_vl", {}, dict(**TOWER, window_size=112, fullatt_block_indexes=[1],
+                                       tokens_per_second=2), [4, 6, 6]),
+    "qwen2": ("qwen2_vl", {}, dict(embed_dim=64, hidden_size=128, mlp_ratio=2), [4, 6, 6]),
+    "qwen3": ("qwen3_vl", dict(head_dim=48), dict(**TOWER, deepstack_visual_indexes=[0, 1],
+                                                  num_position_embeddings=16), [8, 8, 8]),
+}
+
+
+def new_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5") -> PreTrainedConfig:
+    """A model of 1.1 million parameters; every part of the 7B is there."""
+    kind, text, vision, sections = TINY[family]
     text = dict(vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
                 num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=4096, rms_norm_eps=1e-6, rope_parameters=rope,
-                bos_token_id=None, eos_token_id=token("<|im_end|>"),
-                pad_token_id=token("<|endoftext|>"))
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2,
-                  out_hidden_size=128, window_size=112, fullatt_block_indexes=[1],
-                  tokens_per_second=2)
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"))
+                max_position_embeddings=4096, **text)
+    return families.new_config(kind, tokenizer, text, dict(depth=2, num_heads=2, **vision),
+                               sections, theta=10000.0, tied=family == "qwen3")
 
 
-def example_prompt(rng: random.Random, processor: Processor,
-                   careless: bool = True) -> tuple[Prompt, str]:
+def example_prompt(rng: random.Random, processor: Processor, careless=True) -> tuple[Prompt, str]:
     """A fresh prompt and what the teacher says, without a file in between."""
     scene, record = new_example(rng)
-    frames = fit(render(scene), SIDE * SIDE, processor.vision)
+    vision = processor.vision
+    frames = fit(render(scene), (2 * vision.patch * vision.merge) ** 2, vision)
     prompt = processor.prompt(record, frames, 1 / FPS)
     return prompt, teach(rng, scene, record, careless)
 
@@ -295,17 +297,18 @@ def print_table(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["make", "cold_start", "attribution", "table"])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("toy_world"),
-                        help="what to write, or the run of `table`")
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--data", type=Path, default=Path("toy_world"))
+    add, world = parser.add_argument, Path("toy_world")
+    add("command", choices=["make", "cold_start", "attribution", "table"])
+    add("folder", type=Path, nargs="?", default=world, help="to write, or the run of `table`")
+    add("--model", default="cold_start")
+    add("--data", type=Path, default=world)
+    add("--family", choices=TINY, default="qwen2.5", help="of `cold_start`")
     a = parser.parse_args()
     # the two that build on this module are imported by name, so that it does not depend on them
     if a.command == "make":
         make(a.folder)
     elif a.command == "cold_start":
-        importlib.import_module("lab.cold_start").train(a.folder)
+        importlib.import_module("lab.cold_start").train(a.folder, family=a.family)
     elif a.command == "attribution":
         importlib.import_module("lab.attribution_table").attribution_table(a.model, a.data)
     else:

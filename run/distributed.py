@@ -1,12 +1,61 @@
+"""Processes: how a run of several starts, agrees and ends.
+
+torchrun says how many there are; without it there is one. KTR_SHARE_GPU=1 lets several processes share the
+first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
+"""
+
+import multiprocessing
+import os
+import sys
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
-from engine.sharded import distributed, leave  # TEMPORARY
+
+
+def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
+    """(rank, world size, device); NCCL on GPUs, else gloo.
+
+    The timeout is for ranks that wait: for rank 0 to write a checkpoint to a slow disk, say. A rank that
+    raises or dies does not need it; torchrun ends the others then.
+    """
+    if not torch.cuda.is_available():
+        device, backend = torch.device("cpu"), "gloo"
+    elif os.environ.get("KTR_SHARE_GPU") == "1":
+        device, backend = torch.device("cuda", 0), "gloo"
+    else:
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group(backend, timeout=timeout,
+                            device_id=device if backend == "nccl" else None)
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def agree(ok: bool, device: torch.device) -> bool:
-    """True on every rank if it is True on all of them."""
+    """True on every rank if it is True on all of them. Every rank calls it."""
     if not dist.is_initialized():
         return ok
     flag = torch.tensor(int(ok), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def leave() -> None:
+    """End this process now that its work is done: at once, without destructors and exit handlers.
+
+    inductor's handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's destructors
+    abort about one exit in 40 ("terminate called without an active exception"), which torchrun takes for a
+    failure of the whole run. What a run keeps is on the disk by now.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

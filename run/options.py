@@ -52,7 +52,7 @@ class Options:
     freeze: list[str] = option([], "of vision, projector, language; default: train all weights")
     # attribution
     signals: list[str] = option(["visual", "temporal", "entropy"], "of attribution.SIGNALS")
-    ratio: float = option(0.2, "share of the tokens that each signal keeps")
+    ratio: float = option(0.2, "share of the tokens that each signal keeps (paper: 20%%)")
     shift: str = one_of("abs", "signed", "k3", help="makes a score of a changed log-probability")
     masking: str = one_of("hide", "zero", "half", "replace", help="video tokens not attended to, "
                           "features zeroed, half of the tokens, another clip")
@@ -115,7 +115,6 @@ class Options:
     resume: str = one_of("auto", "never", help="go on from the newest checkpoint in --out, or "
                          "refuse a used --out")
     report_to: str = one_of("none", "tensorboard", "wandb", help="besides log.jsonl")
-    shards: int = option(0, "hold one of so many parts of the state: dry runs with random weights")
     check: bool = option(False, "check model, data and machine, then stop")
 
     @property
@@ -129,7 +128,7 @@ ALLOWED = {         # what values may be: (whether one is, the options that it h
                                  "image_pixels"),
     "0 or more": (lambda x: x >= 0, "top_k beta clip_high length_low length_high length_bonus "
                                     "warmup_steps weight_decay max_steps workers save_every "
-                                    "sample_every shards"),
+                                    "sample_every"),
     "1 or more": (lambda x: x >= 1, "max_new_tokens updates epochs prompts_per_step max_prompt "
                                     "keep"),
     "2 or more": (lambda x: x >= 2, "G max_frames"),
@@ -173,8 +172,6 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("--freeze leaves nothing to train")
     if o.length_low > o.length_high:
         parser.error(f"--length_low {o.length_low} exceeds --length_high {o.length_high}")
-    if o.shards and not o.model.startswith("random:"):
-        parser.error("--shards holds a part of the state: for dry runs with --model random:7b only")
     for name in ("model", "data"):
         if not getattr(o, name):
             parser.error(f"--{name} is needed")

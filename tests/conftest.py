@@ -12,7 +12,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)        # tiny models: two threads mostly wait for each other
+if not torch.cuda.is_available():
+    collect_ignore_glob = ["gpu/*"]         # bash test.sh --gpu
 
 import attribution  # noqa: E402
 import policy  # noqa: E402

@@ -1,3 +1,5 @@
+"""Advantages and the loss, by hand, and where the gradient goes."""
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.7, 1e6])
 def test_equal_rewards_give_exactly_zero(value):
-    assert (group_advantages(torch.full((8,), value)) == 0).all()       # 0.1 * 8 / 8 is not 0.1 in floating point
+    # 0.1 * 8 / 8 is not 0.1 in floating point
+    assert (group_advantages(torch.full((8,), value)) == 0).all()
     assert (group_advantages(torch.full((1,), value)) == 0).all()
 
 
@@ -38,7 +41,8 @@ def loss_by_hand(logp, old, ref, advantages, valid, key, beta, clip, normalize, 
             gain = min(rho * advantages[g], min(max(rho, 1 - clip), 1 + clip) * advantages[g])
             x = max(-10.0, min(10.0, float(ref[g][t] - logp[g][t]))) if ref is not None else 0.0
             kl = float(torch.exp(torch.tensor(x))) - x - 1
-            row += float(key[g][t]) * gain - beta * kl * (float(key[g][t]) if kl_on == "selected" else 1.0)
+            weight = float(key[g][t])
+            row += weight * gain - beta * kl * (weight if kl_on == "selected" else 1.0)
         total += row / mass if mass else 0.0
     return -total / len(logp)
 
@@ -48,14 +52,16 @@ def loss_by_hand(logp, old, ref, advantages, valid, key, beta, clip, normalize, 
 @pytest.mark.parametrize("with_ref", [True, False])
 def test_loss_equals_the_formula(normalize, kl_on, with_ref):
     torch.manual_seed(0)
-    logp, old = -torch.rand(4, 6) * 3, -torch.rand(4, 6) * 3            # ratios far from 1: the clip binds
+    logp, old = -torch.rand(4, 6) * 3, -torch.rand(4, 6) * 3            # the clip binds
     ref = -torch.rand(4, 6) * 30 if with_ref else None                  # the clamp binds
     valid = torch.arange(6)[None] < torch.tensor([6, 3, 1, 4])[:, None]
     key = (torch.rand(4, 6) < 0.5) & valid
     key[2] = False                                                      # a row without key tokens
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.5])
-    got, _ = grpo_loss(logp, old, ref, advantages, valid, key, beta=0.04, clip=0.2, normalize=normalize, kl_on=kl_on)
-    want = loss_by_hand(logp, old, ref, advantages.tolist(), valid, key, 0.04, 0.2, normalize, kl_on)
+    got, _ = grpo_loss(logp, old, ref, advantages, valid, key, beta=0.04, clip=0.2,
+                       normalize=normalize, kl_on=kl_on)
+    want = loss_by_hand(logp, old, ref, advantages.tolist(), valid, key, 0.04, 0.2, normalize,
+                        kl_on)
     assert got.item() == pytest.approx(want, rel=1e-5)
 
 
@@ -73,7 +79,8 @@ def test_gradient_is_exactly_zero_at_tokens_not_selected():
 def test_kl_on_all_tokens_reaches_tokens_not_selected():
     logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     valid, key = torch.ones(1, 2).bool(), torch.tensor([[True, False]])
-    loss, _ = grpo_loss(logp, logp.detach(), torch.tensor([[-1.5, -1.0]]), torch.zeros(1), valid, key, kl_on="all")
+    ref = torch.tensor([[-1.5, -1.0]])
+    loss, _ = grpo_loss(logp, logp.detach(), ref, torch.zeros(1), valid, key, kl_on="all")
     loss.backward()
     assert logp.grad[0, 1] != 0
 
@@ -83,7 +90,8 @@ def test_a_selected_normaliser_takes_larger_steps():
     valid, key = torch.ones(1, 10).bool(), torch.arange(10)[None] < 4
     gradients = []
     for normalize in ("length", "selected"):
-        loss, _ = grpo_loss(logp, logp.detach(), None, torch.ones(1), valid, key, normalize=normalize)
+        loss, _ = grpo_loss(logp, logp.detach(), None, torch.ones(1), valid, key,
+                            normalize=normalize)
         gradients.append(torch.autograd.grad(loss, logp)[0][0, 0].item())
     assert gradients[1] == pytest.approx(gradients[0] * 10 / 4)
 
@@ -95,7 +103,8 @@ def test_values_at_padding_are_never_read():
     losses = []
     for logp in values:
         logp = logp.clone().requires_grad_()
-        loss, metrics = grpo_loss(logp, logp.detach(), logp.detach() - 0.5, torch.ones(1), valid, valid)
+        old = logp.detach()
+        loss, metrics = grpo_loss(logp, old, old - 0.5, torch.ones(1), valid, valid)
         loss.backward()
         assert torch.isfinite(logp.grad[valid]).all() and torch.isfinite(metrics["kl"])
         losses.append(loss.item())

@@ -194,3 +194,31 @@ def test_attribution_finds_what_it_should(tmp_path, capsys):
     assert 0.2 < overlap["union"] < 0.6
     assert overlap["1"] + overlap["2"] + overlap["3"] == pytest.approx(1)
     assert "temporal, reversed" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- commands
+def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
+    for when, right in (("before", 0.485), ("after", 0.93)):
+        (tmp_path / when).mkdir()
+        scores = {"all": {"n": 600, "strict": right, "unparsed": 2},
+                  "kind: order": {"n": 150, "strict": right / 2, "unparsed": 0}}
+        (tmp_path / when / "scores.json").write_text(json.dumps({"scores": scores}))
+    (tmp_path / "log.jsonl").write_text('{"seconds": 1.5}\n{"seconds": 2.5}\n')
+    monkeypatch.setattr("sys.argv", ["toy.py", "table", str(tmp_path)])
+    toy.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["all", "600", "48.5%", "93.0%", "+44.5", "2"]
+    assert lines[3] == ["order", "150", "24.2%", "46.5%", "+22.2", "0"]
+    assert lines[4][:5] == ["2", "steps", "in", "4", "s;"]
+
+
+@pytest.mark.parametrize("command, name, expected", [
+    ("make", "lab.toy.make", ["here"]),
+    ("cold_start", "lab.cold_start.train", ["here"]),
+    ("attribution", "lab.attribution_table.attribution_table", ["m", "w"])])
+def test_commands(command, name, expected, monkeypatch):
+    called = []
+    monkeypatch.setattr(name, lambda *arguments: called.extend(map(str, arguments)))
+    monkeypatch.setattr("sys.argv", ["toy.py", command, "here", "--model", "m", "--data", "w"])
+    toy.main()
+    assert called == expected

@@ -1,0 +1,95 @@
+"""Whole runs on the GPU: cold starts, two ranks, interruption."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from launch import ROOT, clips, command, environment, finish, steps_of  # noqa: F401
+
+
+def test_five_cold_starts_finish_and_end(clips, tmp_path):
+    """Each with compilation caches of its own: whatever inductor's timings decide, no run may die of it,
+    and each process is gone within 10 s of its last step. The first is the whole 3B with its state in host
+    memory, the others have its width and six layers, so that all go at once; then one starts warm."""
+    runs, waiting = {}, list(range(5))
+    together = max(1, min(5, torch.cuda.get_device_properties(0).total_memory // (27 << 30)))
+    while waiting or runs:
+        while waiting and len(runs) < together:
+            k = waiting.pop(0)
+            runs[k] = cold_start(k, clips, tmp_path)
+        for k, run in list(runs.items()):
+            if run.poll() is None:
+                log = tmp_path / f"run{k}" / "log.jsonl"
+                if log.exists() and len(log.read_text().splitlines()) == 3:
+                    assert time.time() - log.stat().st_mtime < 10, f"run {k} did not end"
+            else:
+                assert run.returncode == 0, (tmp_path / f"output{k}").read_text()[-6000:]
+                assert len(steps_of(tmp_path / f"run{k}")) == 3
+                del runs[k]
+        time.sleep(0.2)
+    cold = [steps_of(tmp_path / f"run{k}")[0]["seconds"] for k in range(5)]
+    assert cold_start(1, clips, tmp_path, "warm").wait(120) == 0
+    warm = steps_of(tmp_path / "warm")[0]["seconds"]
+    print(f"first steps, s: cold {[round(s, 1) for s in cold]} at once; warm {warm:.1f}")
+    assert warm < max(cold)
+
+
+def cold_start(k: int, clips, folder, name: str = "") -> subprocess.Popen:
+    name = name or f"run{k}"
+    more = ("--offload", "True") if k == 0 else ()
+    arguments = command(clips, folder / name, "--max_steps", "3", "--max_new_tokens", "192", "--G", "8",
+                        "--seed", str(k), *more, model="random:3b" if k == 0 else "random:3b/6")
+    output = open(folder / f"output{k}", "w")
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output, env=environment(
+        TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor{k}", TRITON_CACHE_DIR=f"{folder}/triton{k}"))
+
+
+def test_two_ranks_end_with_the_same_weights(clips, tmp_path):
+    """Five steps in which one rank has a clip and the other an image, or nothing, since its clip is broken."""
+    arguments = command(clips, tmp_path / "run", "--lr", "1e-3", "--top_k", "50", processes=2, script="tests/gpu/watched.py")
+    finish(arguments, KTR_SHARE_GPU="1", WATCH=str(tmp_path))
+    weights = [(tmp_path / f"weights.{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert weights[0] == weights[1] and len(set(weights[0])) == 5       # they change with every step
+    prompts = [row["prompts"] for row in steps_of(tmp_path / "run")]
+    assert prompts == [2, 1, 2, 1, 2]                                   # a broken clip in steps 2 and 4
+
+
+def test_killed_and_resumed_ends_where_an_unbroken_run_ends(clips, tmp_path):
+    options = "--max_steps", "6", "--save_every", "2", "--lr", "1e-3"
+    finish(command(clips, tmp_path / "whole", *options))
+    broken = subprocess.Popen(command(clips, tmp_path / "broken", *options), cwd=ROOT, env=environment(),
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list((tmp_path / "broken").glob("checkpoint-000004")):
+        assert broken.poll() is None
+        time.sleep(0.02)
+    kill(broken)
+    finish(command(clips, tmp_path / "broken", *options))
+    a, b = (steps_of(tmp_path / name) for name in ("whole", "broken"))
+    assert [row["step"] for row in b] == [1, 2, 3, 4, 5, 6]
+    for x, y in zip(a[-2:], b[-2:]):                                    # attention's backward adds in any order
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=0.1)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to torchrun and the workers of its session, as a machine that goes down would."""
+    children = subprocess.run(["ps", "-o", "pid=", "-s", str(process.pid)], text=True, capture_output=True).stdout
+    for pid in children.split():
+        subprocess.run(["kill", "-9", pid], stderr=subprocess.DEVNULL)
+    process.wait()
+
+
+def test_sigterm_saves_and_leaves(clips, tmp_path):
+    run = subprocess.Popen(command(clips, tmp_path / "run", "--max_steps", "10", "--save_every", "1000"), cwd=ROOT,
+                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode != 0 and "SIGTERM: saved" in output, output[-3000:]
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert json.loads((saved / "config.json").read_text())["model_type"] == "qwen2_5_vl"
