@@ -229,7 +229,8 @@ def check_names(o: Options) -> None:
         for name in [named] if isinstance(named, str) else named:
             if name not in registry:
                 known = ", ".join(registry)
-                raise SystemExit(f"error: --{option}: unknown {name!r}; known: {known}")
+                what = option.removesuffix("s")
+                raise SystemExit(f"error: unknown {what} {name!r}; known: {known}")
 
 
 def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> Tensor:

@@ -60,7 +60,7 @@ def test_a_rules_options_hold_unless_given(tmp_path):
 
 @pytest.mark.parametrize("option", ["weighting", "advantage", "penalty", "bonus", "signals"])
 def test_a_name_that_nobody_registered(option, checkpoint_folder, world, tmp_path):
-    with pytest.raises(SystemExit, match=f"--{option}: unknown 'mine'; known: "):
+    with pytest.raises(SystemExit, match=f"unknown {option.removesuffix('s')} 'mine'; known: "):
         ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, f"--{option}", "mine")))
 
 
