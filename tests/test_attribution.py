@@ -225,7 +225,7 @@ def test_a_rule_of_ones_own(tiny, prompts, asked, monkeypatch):
 
 
 def test_scores_of_a_broken_model_do_not_stop_the_choice(tiny, prompts, monkeypatch):
-    """Its loss is NaN as well, and the step is skipped: see ktr.py. A rule's own NaN is an error."""
+    """Its loss is NaN as well, and that step is skipped: ktr.py. A rule's own NaN is an error."""
     monkeypatch.setitem(SIGNALS, "broken", lambda r, o: torch.full((2, 3), float("nan")))
     r = rollout(prompts[0])
     with pytest.raises(SystemExit, match="signal broken: .*got NaN"):
