@@ -31,11 +31,7 @@ def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
         multiply_together(mlp.gate_proj, mlp.up_proj)
         multiply_together(mlp.down_proj)
     for block in model.model.visual.blocks:
-<<<<<<< HEAD
-        if hasattr(block.mlp, "gate_proj"):             # Qwen2.5-VL's
-=======
         if hasattr(block.mlp, "gate_proj"):             # Qwen2.5-VL's; other widths are even
->>>>>>> fddeedc1e83b8a036e70a65f3d884b845a8bebe4
             round_up(block.mlp)
     for layer in layers_of(model):
         able_to_recompute(layer)
