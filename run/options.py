@@ -42,7 +42,7 @@ def one_of(*choices: str, help: str):
 @dataclass
 class Options:
     """Defaults are the paper's 7B recipe."""
-    model: str = option("", "folder or hub name of a Qwen2.5-VL, or random:7b, random:3b")
+    model: str = option("", "folder or hub name of a Qwen-VL, or random:7b, random:qwen3-8b, ..")
     data: str = option("", "records: a JSON list or JSON lines in Video-R1's form")
     videos: str = option("", "folder that the records' paths start from (default: the data's)")
     out: str = option("runs/ktr", "where checkpoints, log.jsonl and samples.jsonl go")

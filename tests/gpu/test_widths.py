@@ -1,6 +1,6 @@
 """Every family at its real width on a GPU, four layers of it, against transformers.
 
-    python -m pytest -s tests/gpu/test_families.py
+    python -m pytest -s tests/gpu/test_widths.py
 
 What a whole step costs beside Qwen2.5-VL's, at as many video tokens (patches are 16, not 14):
 
@@ -21,6 +21,7 @@ from engine.prepare import prepare
 from policy import load_processor, sample, score, score_groups
 from prompt import fit
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 T = 24
 WORDS = {"problem": "which way does the circle move " * 30, "options": [], "path": "",
