@@ -279,28 +279,28 @@ def test_supervision_lowers_the_loss(family):
     torch.manual_seed(0)
     rng = random.Random(0)
     model, processor = cold_start.new_model("cpu", family)
-    shown = [toy.example_prompt(rng, processor) for _ in range(4)]
+    shown = [toy.example_prompt(rng, processor) for _ in range(2)]
     prompts = [prompt for prompt, _ in shown]
     said = [cold_start.said_by(teacher, processor.tokenizer, "cpu") for _, teacher in shown]
     assert all(processor.tokenizer.unk_token_id not in p.ids for p in prompts)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
-    for _ in range(25):
+    for _ in range(8):
         scored = score_groups(model, prompts, said)
         loss = -torch.cat([logp[0] for logp, _ in scored]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.4 * losses[0]
+    assert losses[-1] < 0.85 * losses[0], losses
 
 
 @pytest.mark.parametrize("frozen", [[], ["--freeze", "vision"]])
 def test_the_loop_runs_and_saves(folder, world, tmp_path, capsys, monkeypatch, frozen):
-    """Three steps, checkpointing on; what is frozen stays, all else moves; the result loads."""
+    """Two steps, checkpointing on; what is frozen stays, all else moves; the result loads."""
     monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: len(text) % 7 / 7)
     options = ["--model", folder, "--data", world / "train.json", "--out", tmp_path, "--G", 4,
                "--dtype", "float32", "--max_new_tokens", 8, "--workers", 0, "--lr", 1e-3,
-               "--max_steps", 3, "--prompts_per_step", 2, "--save_every", 3, *frozen]
+               "--max_steps", 2, "--prompts_per_step", 2, "--save_every", 2, *frozen]
     ktr.main(parse([str(x) for x in options]))
     before = families.from_pretrained(str(folder), torch.float32)
     after = families.from_pretrained(str(tmp_path / "final"), torch.float32)
@@ -311,6 +311,6 @@ def test_the_loop_runs_and_saves(folder, world, tmp_path, capsys, monkeypatch, f
         assert [torch.equal(x, y) for x, y in zip(a, b)] == [held] * len(a), name
         assert f"{name} {sum(x.numel() for x in a) / 1e6:.1f}M" + " (frozen)" * held in printed
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 and all(row["sampling_gap"] < 1e-5 and row["grad_norm"] > 0
+    assert len(rows) == 2 and all(row["sampling_gap"] < 1e-5 and row["grad_norm"] > 0
                                   for row in rows)
     assert all(row["share_visual"] > 0 and row["share_temporal"] > 0 for row in rows)
