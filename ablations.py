@@ -1,11 +1,9 @@
-"""The paper's other options, and the baselines' own parts, so that attribution.py stays short.
+"""The paper's other options, so that attribution.py stays short.
 
     MASKINGS    the video masked: its tokens hidden, features zeroed, half hidden, another clip
     ORDERS      the frames in another order: random, reversed, blocks of four
     DISTANCES   between next-token distributions, in place of the token's own log-probability
     WEIGHTINGS  soft weights in place of the key mask
-    spread      TW-GRPO's token weights (arXiv 2505.24718)
-    ordered_bonus   T-GRPO's reward (Video-R1, arXiv 2503.21776)
 
 One registry each, one line an entry; the defaults are the first ones. A rollout `r` is
 attribution.Rollout, options `o` are run.options.Options.
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy import Group, hidden_states, sample, unflatten
+from policy import Group, hidden_states, unflatten
 from prompt import Prompt
 
 LOGITS_AT_ONCE = 1 << 27        # while distributions are compared: 0.5 GiB in fp32
@@ -137,7 +135,6 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {   # scores, valid 
     "softmax": softmax,
     "linear": scaled,
     "exponential": lambda scores, valid: torch.exp(scaled(scores, valid) - 1),
-    "spread": lambda scores, valid: 1 + 0.7 * scaled(scores, valid),    # TW-GRPO's
 }
 
 
@@ -147,46 +144,3 @@ def soften(signals: dict[str, Tensor], valid: Tensor, weighting: str) -> Tensor:
     for scores in signals.values():
         weights = torch.maximum(weights, WEIGHTINGS[weighting](scores, valid.bool()))
     return weights * valid
-
-
-# -------------------------------------------------------------------------------------- baselines
-def spread(r, o) -> Tensor:
-    """How much the group's predictions differ at a position (TW-GRPO): (G, T), rows alike.
-
-    The mean over completions of sum_v (e^d - d - 1), d = mean log-probability - log-probability,
-    clamped to +-11; padding predicts uniformly.
-    """
-    states, head = r.states()
-    values = []
-    for h, valid in zip(states.split(16, dim=1), r.group.valid.split(16, dim=1)):
-        logp = F.linear(h, head).float().log_softmax(-1)        # (G, t, V)
-        logp = torch.where(valid[..., None], logp, -math.log(len(head)))
-        d = (logp.mean(0) - logp).clamp(-11, 11)
-        values.append((d.exp() - d - 1).sum(-1).mean(0))
-    return torch.cat(values).expand_as(r.group.ids)
-
-
-def ordered_bonus(rollouts: list, o, model: nn.Module, judge: Callable) -> list[Tensor]:
-    """T-GRPO's bonus (G,) of each rollout; judge(group, record) -> accuracy (G,), format (G,).
-
-    Half as many completions see the frames shuffled; where the ordered clip's group is right at
-    least as often (times a factor), its right completions earn o.ordered_bonus.
-    """
-    bonus = [torch.zeros(len(r.group.ids)) for r in rollouts]
-    moving = [i for i, r in enumerate(rollouts)
-              if r.prompt.kind == "video" and len(r.prompt.frames) > 1]
-    if not o.ordered_bonus or not moving:
-        return bonus
-    seeds = [rollouts[i].seed + 1 for i in moving]
-    prompts = []
-    for i, seed in zip(moving, seeds):
-        prompt, generator = rollouts[i].prompt, torch.Generator().manual_seed(seed)
-        prompts.append(prompt.reordered(shuffled(len(prompt.frames), generator)))
-    groups = sample(model, prompts, o.G // 2, o.max_new_tokens, temperature=o.temperature,
-                    top_p=o.top_p, top_k=o.top_k, seeds=seeds)
-    for i, group in zip(moving, groups):
-        r = rollouts[i]
-        blind, _ = judge(group, r.prompt.record)
-        if r.accuracy.mean() >= o.ordered_factor * blind.mean():
-            bonus[i] = o.ordered_bonus * (r.accuracy > 0.1).float()
-    return bonus

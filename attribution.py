@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ablations import MASKINGS, ORDERS, distances, soften, spread
+from ablations import MASKINGS, ORDERS, WEIGHTINGS, distances, soften
 from policy import Group, evaluating, predicting_states, score_groups
 from prompt import Prompt
 from run.options import Options
@@ -42,9 +42,10 @@ class Rollout:
 
     accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
     format: Tensor | None = None            # (G,) 1 where the completion has the asked-for form
-    ordered: Tensor | None = None           # (G,) T-GRPO's bonus
+    extra: Tensor | None = None             # (G,) a rule's reward (--bonus)
 
     logp: Tensor | None = None              # (G, T) of the sampled tokens under the policy
+    old_logp: Tensor | None = None          # (G, T) the same before the first of --updates
     entropy: Tensor | None = None           # (G, T) nats
 
     scores: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T)
@@ -53,8 +54,9 @@ class Rollout:
 
     ref_logp: Tensor | None = None          # (G, T) under the starting checkpoint; None: beta is 0
     bonus: Tensor | None = None             # (G,) for the length of right answers
-    rewards: Tensor | None = None           # (G,) accuracy + format + bonus + ordered
+    rewards: Tensor | None = None           # (G,) accuracy + format + bonus + extra
     advantages: Tensor | None = None        # (G,)
+    borne: Tensor | None = None             # (G, T) bool: tokens that bear the loss
     metrics: dict[str, Tensor] = field(default_factory=dict)    # of the loss, and the loss itself
 
     generator: torch.Generator = field(init=False)              # the signals' random numbers, on
@@ -99,7 +101,6 @@ SIGNALS: dict[str, Callable[[Rollout, Options], Tensor | Prompt | None]] = {
     "entropy": entropy,
     "random": random,
     "all": every,
-    "spread": spread,                       # TW-GRPO's
 }
 
 
@@ -107,11 +108,13 @@ def shift(logp: Tensor, counterfactual_logp: Tensor, kind: str = "abs") -> Tenso
     """How far tokens' log-probabilities (G, T) move when another video is shown (eq. 2 and 3).
 
     "abs": in either direction (paper). "signed": only tokens that lose probability rank high
-    (released code). ValueError for another kind.
+    (released code). "k3": exp(d) - d - 1 of the difference d. ValueError for another kind.
     """
-    if kind not in ("abs", "signed"):
-        raise ValueError(f"shift must be 'abs' or 'signed', not {kind!r}")
+    if kind not in ("abs", "signed", "k3"):
+        raise ValueError(f"shift must be 'abs', 'signed' or 'k3', not {kind!r}")
     difference = logp - counterfactual_logp
+    if kind == "k3":
+        return difference.exp() - difference - 1
     return difference.abs() if kind == "abs" else difference
 
 
@@ -139,13 +142,12 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
             moved = iter(moves(asking, changed, o, model) if changed else [])
             for r, answer in zip(rollouts, answers):
                 scores = next(moved) if isinstance(answer, Prompt) else answer
-                if scores is not None:      # a NaN makes the gradient NaN: that skips the step
+                if scores is not None:      # a NaN of the model's makes the gradient NaN: that
+                    scores = checked(f"signal {name}", scores, r.logp)      # skips the step
                     r.scores[name] = scores.nan_to_num(nan=0.0)
     for r in rollouts:
         r.chosen = choose(r.scores, r.group.valid, o.ratios, o.pool, o.ties)
-        r.key_mask = union(r.chosen, r.group.valid)
-        if o.weighting != "binary":
-            r.key_mask = soften(r.scores, r.group.valid, o.weighting)
+        r.key_mask = checked(f"weighting {o.weighting}", WEIGHTS[o.weighting](r, o), r.logp)
 
 
 # ---------------------------------------------------------------------------------------- selection
@@ -204,3 +206,45 @@ def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
            pool: str = "group", ties: str = "exact") -> Tensor:
     """The key mask m (G, T): the union of each signal's top tokens (eq. 5)."""
     return union(choose(signals, valid, ratios, pool, ties), valid)
+
+
+# ------------------------------------------------------------------------ the other seams of a rule
+# Each is named by an option (--weighting NAME ..). What it gives is on the policy's device and
+# without gradient, but for a penalty, which has one; bonuses are on the CPU.
+WEIGHTS: dict[str, Callable[[Rollout, Options], Tensor]] = {            # -> (G, T) >= 0
+    "binary": lambda r, o: union(r.chosen, r.group.valid),              # the key mask (eq. 5)
+    **dict.fromkeys(WEIGHTINGS, lambda r, o: soften(r.scores, r.group.valid, o.weighting))}
+ADVANTAGES: dict[str, Callable] = {"group": lambda r, o: r.advantages}  # -> (G,) or (G, T)
+PENALTIES: dict[str, Callable] = {"none": lambda r, o, model: None}     # -> (), for the loss
+BONUSES: dict[str, Callable] = {            # -> (G,) for each rollout; read(group) -> its texts
+    "none": lambda rollouts, o, model, read: [torch.zeros_like(r.accuracy) for r in rollouts]}
+SEAMS = {"signals": SIGNALS, "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES,
+         "bonus": BONUSES}
+
+
+def check_names(o: Options) -> None:
+    """SystemExit, in one line, where an option names what is not registered."""
+    for option, registry in SEAMS.items():
+        named = getattr(o, option)
+        for name in [named] if isinstance(named, str) else named:
+            if name not in registry:
+                known = ", ".join(registry)
+                raise SystemExit(f"error: --{option}: unknown {name!r}; known: {known}")
+
+
+def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> Tensor:
+    """What a rule gave; SystemExit, in one line, if its shape or device is not that of `like`, if
+    it is NaN and that is not, or if it has a gradient and may not (or has none)."""
+    want, fault = f"{tuple(like.shape)} on {like.device}", None
+    if not isinstance(value, Tensor):
+        fault = f"a {type(value).__name__}"
+    elif value.shape != like.shape or value.device != like.device:
+        fault = f"shape {tuple(value.shape)} on {value.device}"
+    elif value.requires_grad != gradient:
+        fault = f"one {'with a' if value.requires_grad else 'without'} gradient"
+    elif value.isnan().any() and not like.isnan().any():
+        fault = "NaN"
+    if fault:
+        raise SystemExit(f"error: {rule}: expected a tensor of shape {want} "
+                         f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
+    return value

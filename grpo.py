@@ -4,8 +4,8 @@
     J   = mean_i 1/|o_i| sum_t m_t [ min(rho A_i, clip(rho, 1-c, 1+c) A_i) - beta KL_t ]
     rho = exp(logp - old_logp),   KL_t = exp(x) - x - 1,  x = ref_logp - logp clamped to +-10
 
-`completion_mask` marks the tokens up to the first end token (lengths, rewards); `key_mask` says where
-the gradient goes. They are two things and neither ever stands in for the other. Pure tensor functions.
+`completion_mask` marks the tokens up to the first end token; `key_mask` says where the gradient
+goes. They are two things and neither ever stands in for the other. Pure tensor functions.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """Advantages (..., G) of rewards (..., G): centred and divided by the sample standard deviation (n-1).
+    """Advantages (..., G) of rewards (..., G): centred, over the sample standard deviation (n-1).
 
     A group whose rewards are all equal teaches nothing and gets exactly 0 (so does a group of one).
     """
@@ -26,38 +26,47 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor,
               completion_mask: Tensor, key_mask: Tensor, *, beta: float = 0.04, clip: float = 0.2,
-              normalize: str = "length", kl_on: str = "selected") -> tuple[Tensor, dict[str, Tensor]]:
+              clip_high: float = 0.0, normalize: str = "length", total: float | None = None,
+              kl_on: str = "selected",
+              kl_estimator: str = "k3") -> tuple[Tensor, dict[str, Tensor]]:
     """The negated objective of one group, and what to log about it.
 
-    logp, old_logp, ref_logp: (G, T) log-probabilities of the sampled tokens; ref_logp=None means no KL.
-    advantages: (G,).  completion_mask: (G, T) bool.  key_mask: (G, T) bool, or float weights >= 0.
-    normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the mass of its key tokens
-    (released code: the same gradient takes a 2-3 times larger step).
+    logp, old_logp, ref_logp: (G, T) log-probabilities of the sampled tokens; no ref_logp, no KL.
+    advantages: (G,), or (G, T) where they differ by token.
+    completion_mask: (G, T) bool.  key_mask: (G, T) bool, or float weights >= 0.
+    clip_high: the upper clip, where it is not 0 (DAPO).
+    normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the mass of its key
+    tokens (released code: the same gradient takes a 2-3 times larger step); "tokens" (DAPO) and
+    "constant" (Dr. GRPO) divide the sum over all rows by `total`, default the group's tokens.
     kl_on: "selected" puts the KL term on key tokens only (released code); "all" on every token.
     A row without key tokens adds 0. Values at padding are never read, whatever they hold.
     """
-    if normalize not in ("length", "selected"):
-        raise ValueError(f"normalize must be 'length' or 'selected', not {normalize!r}")
+    if normalize not in ("length", "selected", "tokens", "constant"):
+        raise ValueError(f"unknown normalize {normalize!r}")
     if kl_on not in ("selected", "all"):
         raise ValueError(f"kl_on must be 'selected' or 'all', not {kl_on!r}")
     valid = completion_mask.bool()
-    weight = key_mask.to(logp.dtype) * valid                              # (G, T) m_t
+    weight = key_mask.to(logp.dtype) * valid                            # (G, T) m_t
     logp, old_logp = logp.masked_fill(~valid, 0.0), old_logp.masked_fill(~valid, 0.0)
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
 
-    ratio = torch.exp(logp - old_logp)                                    # (G, T) rho
-    gain = advantages[:, None] * ratio
-    clipped = advantages[:, None] * ratio.clamp(1 - clip, 1 + clip)
+    ratio = torch.exp(logp - old_logp)                                  # (G, T) rho
+    gain = advantages * ratio
+    clipped = advantages * ratio.clamp(1 - clip, 1 + (clip_high or clip))
     objective = weight * torch.minimum(gain, clipped)
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
         x = (ref_logp.masked_fill(~valid, 0.0) - logp).clamp(-10, 10)
-        kl = torch.exp(x) - x - 1
+        kl = {"k1": -x, "k2": x.square() / 2, "k3": torch.exp(x) - x - 1}[kl_estimator]
         objective = objective - beta * kl * (weight if kl_on == "selected" else valid)
 
-    length = valid.sum(-1)                                                # (G,) |o_i|
-    mass = length if normalize == "length" else weight.sum(-1)
-    rows = torch.where(mass > 0, objective.sum(-1) / torch.where(mass > 0, mass, 1), 0)
+    length = valid.sum(-1)                                              # (G,) |o_i|
     tokens = length.sum().clamp(min=1)
+    mass = weight.sum(-1) if normalize == "selected" else length        # (G,)
+    if normalize in ("tokens", "constant"):
+        mass = torch.full_like(objective[:, 0], (total or int(tokens)) / len(logp))
+    rows = torch.where(mass > 0, objective.sum(-1) / torch.where(mass > 0, mass, 1), 0)
     metrics = {
         "kl": kl.detach().sum() / tokens,
         "clipped": ((clipped < gain) & (weight > 0)).sum() / (weight > 0).sum().clamp(min=1),

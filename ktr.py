@@ -13,8 +13,8 @@ One step (paper algorithm 1), in the order of `main` and `learn`:
     python ktr.py --help
 
 Where the paper and the released code differ there is an option; --preset sets them all
-(docs/choices.md). Each rollout is used once, so old and new log-probabilities are equal, rho is 1
-and the clip never binds; both stay, as the formula has them.
+(docs/choices.md). Unless --updates says otherwise each rollout is used once, so old and new
+log-probabilities are equal, rho is 1 and the clip never binds; both stay, as the formula has them.
 """
 
 import math
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ablations import ordered_bonus
-from attribution import Rollout, attribute
+from attribution import (ADVANTAGES, BONUSES, PENALTIES, Rollout, attribute, check_names,
+                         checked)
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from grpo import group_advantages, grpo_loss
@@ -47,11 +47,16 @@ PATIENCE = 5            # steps in a row that may be skipped because the gradien
 
 
 # -------------------------------------------------------------------------------- sample and reward
+def read(processor: Processor, group: Group) -> list[str]:
+    """The texts of a group's completions."""
+    rows = zip(group.ids.cpu(), group.lengths)
+    return [processor.tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in rows]
+
+
 def judge(o: Options, processor: Processor, group: Group, record: dict) -> tuple[Tensor, Tensor]:
     """Accuracy (G,) and format (G,) rewards of a group."""
     accuracy, form = [], []
-    for ids, n in zip(group.ids.cpu(), group.lengths):
-        text = processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
+    for text in read(processor, group):
         accuracy.append(accuracy_reward(text, record["solution"], record["problem_type"]))
         form.append(format_reward(text, o.format_pattern))
     return torch.tensor(accuracy), torch.tensor(form)
@@ -69,19 +74,26 @@ def roll_out(o: Options, model: nn.Module, processor: Processor,
                 for (prompt, seed, other), group in zip(prompts, groups)]
     for r in rollouts:
         r.accuracy, r.format = judge(o, processor, r.group, r.prompt.record)
-    bonuses = ordered_bonus(rollouts, o, model, partial(judge, o, processor))
-    for r, bonus in zip(rollouts, bonuses):
-        r.ordered = bonus
+    given = BONUSES[o.bonus](rollouts, o, model, partial(read, processor))
+    for r, extra in zip(rollouts, given, strict=True):
+        r.extra = checked(f"bonus {o.bonus}", extra, r.accuracy)
     return rollouts
 
 
 def reward(o: Options, r: Rollout) -> None:
-    """Rewards (G,) and advantages (G,) (eq. 1), once the key mask is known (--length_of)."""
+    """Rewards (G,) and advantages (G,) (eq. 1), once the key mask is known (--length_of); and the
+    tokens that bear the loss: none of a group that --filter drops, or of a cut completion."""
     counted = r.key_mask if o.length_of == "selected" else r.group.valid
     lengths = counted.sum(-1).cpu()
     r.bonus = length_bonus(r.accuracy, lengths, o.length_low, o.length_high, o.length_bonus)
-    r.rewards = r.accuracy + r.format + r.bonus + r.ordered
+    r.rewards = r.accuracy + r.format + r.bonus + r.extra
     r.advantages = group_advantages(r.rewards)
+    r.borne = r.group.valid
+    if o.mask_cut:
+        r.borne = r.borne & r.group.ended[:, None]
+    values = r.rewards if o.filter == "reward" else r.accuracy
+    if o.filter != "none" and (values == values[0]).all():
+        r.borne = torch.zeros_like(r.borne)
 
 
 # -------------------------------------------------------------------------------------------- learn
@@ -99,9 +111,20 @@ class Scorer(nn.Module):
         return score_groups(self.model, prompts, groups)
 
 
+def divisor(o: Options, rollouts: list[Rollout], world: int, device: torch.device) -> float | None:
+    """What divides a group's sum under --normalize tokens: those of all ranks, over the prompts;
+    under constant: as many as G completions of the longest length have."""
+    if o.normalize == "tokens":
+        mine = {"tokens": sum(sum(r.group.lengths) for r in rollouts)}
+        return max(1.0, add_up(mine, device)["tokens"]) / (o.prompts_per_step * world)
+    return o.G * o.max_new_tokens if o.normalize == "constant" else None
+
+
 def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: list[Rollout],
-          scale: float, clock: Clock) -> None:
-    """Score, attribute and differentiate some rollouts; `scale` weighs their loss in the step's."""
+          scale: float, total: float | None, clock: Clock) -> None:
+    """Score, attribute and differentiate some rollouts; `scale` weighs their loss in the step's,
+    `total` is `divisor`'s. After the first of --updates the attribution is done."""
+    model = getattr(scorer, "module", scorer).model
     prompts, groups = [r.prompt for r in rollouts], [r.group for r in rollouts]
     stats = scorer(prompts, groups)
     if not rollouts:
@@ -110,10 +133,12 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
         r.logp, r.entropy = logp, entropy                       # (G, T); logp has a gradient
     clock("score")
 
-    attribute(rollouts, o, getattr(scorer, "module", scorer).model)
+    first = rollouts[0].old_logp is None                        # of --updates
+    if first:
+        attribute(rollouts, o, model)
     clock("attribute")
 
-    if reference is not None:
+    if first and reference is not None:
         with torch.no_grad():
             for r, (logp, _) in zip(rollouts, score_groups(reference, prompts, groups)):
                 r.ref_logp = logp
@@ -121,10 +146,19 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
 
     loss = 0.0
     for r in rollouts:
-        reward(o, r)
+        if first:
+            r.old_logp = r.logp.detach()
+            reward(o, r)
+            r.advantages = r.advantages.to(r.logp.device)
+        A = ADVANTAGES[o.advantage](r, o)                                   # (G,) or (G, T)
+        like = r.logp if getattr(A, "ndim", 1) == 2 else r.advantages
         one, r.metrics = grpo_loss(
-            r.logp, r.logp.detach(), r.ref_logp, r.advantages.to(r.logp.device), r.group.valid,
-            r.key_mask, beta=o.beta, clip=o.clip, normalize=o.normalize, kl_on=o.kl_on)
+            r.logp, r.old_logp, r.ref_logp, checked(f"advantage {o.advantage}", A, like), r.borne,
+            r.key_mask, beta=o.beta, clip=o.clip, clip_high=o.clip_high, normalize=o.normalize,
+            total=total, kl_on=o.kl_on, kl_estimator=o.kl_estimator)
+        penalty = PENALTIES[o.penalty](r, o, model)
+        if penalty is not None:
+            one = one + checked(f"penalty {o.penalty}", penalty, r.logp.sum(), gradient=True)
         r.metrics["loss"] = one.detach()
         loss = loss + one * scale
     loss.backward()
@@ -259,6 +293,7 @@ def keep(o: Options, run: Run, step: int, rollouts: list[Rollout], stopping: boo
 
 def main(o: Options) -> None:
     """The whole run: algorithm 1, step by step."""
+    check_names(o)
     records, left_out = preflight(o)
     if o.check:
         return print(f"ready: {len(records)} records in {o.data}, model {o.model}")
@@ -275,18 +310,21 @@ def main(o: Options) -> None:
             clock("sample")
             rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]
             parts = batches(rows, ROW_TOKENS) or [slice(0)]
-            for part in parts:                                              # score .. backward
-                last = part is parts[-1]        # DDP averages in the last backward
-                with nullcontext() if last or run.world == 1 else run.scorer.no_sync():
-                    learn(o, run.scorer, run.reference, rollouts[part], 1 / A, clock)
+            total = divisor(o, rollouts, run.world, run.device)
+        for _ in range(o.updates):
+            with naming(run.rank, step, stream.records_of(step)):
+                for part in parts:                                          # score .. backward
+                    last = part is parts[-1]    # DDP averages in the last backward
+                    with nullcontext() if last or run.world == 1 else run.scorer.no_sync():
+                        learn(o, run.scorer, run.reference, rollouts[part], 1 / A, total, clock)
 
-        norm = optimizer.grad_norm()            # the same on every rank
-        totals = add_up(counted(o, rollouts, run.leaving.asked), run.device)
-        finite = math.isfinite(norm)
-        if finite and totals["prompts"]:
-            optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))   # step
-        optimizer.zero_grad()
-        clock("step")
+            norm = optimizer.grad_norm()        # the same on every rank
+            totals = add_up(counted(o, rollouts, run.leaving.asked), run.device)
+            finite = math.isfinite(norm)
+            if finite and totals["prompts"]:
+                optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))   # step
+            optimizer.zero_grad()
+            clock("step")
 
         skipped = state["skipped"] + A * run.world - int(totals["prompts"])
         state |= {"step": step + 1, "place": stream.place_after(step), "skipped": skipped,

@@ -1,4 +1,4 @@
-"""The policy: load a Qwen2.5-VL, sample G completions of a prompt, score them.
+"""The policy: load a Qwen-VL (docs/families.md), sample G completions of a prompt, score them.
 
     load(name)                          model and processor, from a folder, hub name or random:7b
     sample(model, prompts, G, ...)      G completions for each prompt, all decoded together
@@ -17,10 +17,9 @@ from functools import cached_property, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from engine import blank
+from engine import blank, families
 from engine.decoding import decoder_for
 from engine.packing import pack
 from engine.prepare import compiled_on_cuda, prepare
@@ -50,13 +49,13 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """The model, ready for this project, and its processor.
 
     name: a checkpoint's folder or hub name, or random:3b, random:7b (seed is that of its weights).
-    OSError where the checkpoint is missing or incomplete.
+    OSError where the checkpoint is missing or incomplete, ValueError where it is of another family.
     """
     logging.disable_progress_bar()
     if name.startswith("random:"):
         model = blank.model(name, blank.tokenizer(), device, dtype, seed)
     else:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
+        model = families.from_pretrained(name, dtype)
     return prepare(model, device), load_processor(name)
 
 
@@ -74,17 +73,18 @@ def weight_count(name: str) -> int:
     if name.startswith("random:"):
         config = blank.config(name, blank.tokenizer())
     else:
-        config = AutoConfig.from_pretrained(name)
+        config = families.read_config(name)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = families.family_of(config).model(config)
     return sum(p.numel() for p in model.parameters())
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The weights of the vision tower, of the projector after it, and of the language model."""
-    projector = list(model.model.visual.merger.parameters())
+    tower = model.model.visual
+    projector = [p for name, p in tower.named_parameters() if "merger" in name]
     known = {id(p) for p in projector}
-    vision = [p for p in model.model.visual.parameters() if id(p) not in known]
+    vision = [p for p in tower.parameters() if id(p) not in known]
     known |= {id(p) for p in vision}
     language = [p for p in model.parameters() if id(p) not in known]
     return {"vision": vision, "projector": projector, "language": language}
@@ -104,7 +104,8 @@ def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
 # -------------------------------------------------------------------------------------------- score
 def vision_features(model: nn.Module, prompts: Sequence[Prompt],
                     known: dict[int, Tensor]) -> Tensor | None:
-    """The features (sum V, D) of the prompts' video and image tokens, in order; None without any.
+    """The features (sum V, width) of the prompts' video and image tokens, in order, with all that
+    families.vision_features puts into them; None without any.
 
     Those of each clip are kept in `known` by its frames' id: questions about one clip share them.
     """
@@ -114,14 +115,14 @@ def vision_features(model: nn.Module, prompts: Sequence[Prompt],
     if clips:
         pixels = [patches(p.frames.to(device, non_blocking=True), p.vision) for p in clips.values()]
         grids = torch.tensor([p.grid for p in clips.values()])
-        tower = model.model.visual
-        merged = tower(torch.cat(pixels).to(dtype), grid_thw=grids.to(device)).pooler_output
+        merged = families.vision_features(model.model.visual, torch.cat(pixels).to(dtype),
+                                          grids.to(device))
         sizes = grids.prod(-1) // model.config.vision_config.spatial_merge_size ** 2
         known.update(zip(clips, merged.split(sizes.tolist())))
     out = []
     for p in prompts:
         if p.blank:
-            shape = int(p.visual.sum()), model.config.text_config.hidden_size
+            shape = int(p.visual.sum()), families.feature_width(model.config)
             out.append(torch.zeros(shape, device=device, dtype=dtype))
         elif p.frames is not None:
             features = known[id(p.frames)]
@@ -150,9 +151,12 @@ def packed_forward(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence
             positions.append((p.next_position + torch.arange(n)).expand(3, -1))
     embeds = model.get_input_embeddings()(torch.cat(ids))                           # (L, D)
     features = vision_features(model, prompts, {} if known is None else known)
+    more = {}
     if features is not None:
-        where = torch.cat(visual).to(device)[:, None]
-        embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
+        where = torch.cat(visual).to(device)
+        first, *later = features.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        embeds = embeds.masked_scatter(where[:, None], first)
+        more = families.deepstack(where, later)
     row = pack([len(p.ids) for p in prompts], owned, embeds)
     if keep is not None:
         rows = [torch.full_like(p.ids, n) for n, p in enumerate(prompts, keep)]
@@ -161,7 +165,7 @@ def packed_forward(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence
     return model.model.language_model(
         inputs_embeds=embeds[None].clone(),     # a view would have its first layer compiled apart
         position_ids=torch.cat(positions, dim=1)[:, None].to(device),
-        attention_mask={"full_attention": row}, use_cache=False).last_hidden_state[0]
+        layout=row, use_cache=False, **more).last_hidden_state[0]
 
 
 def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:

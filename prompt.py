@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
+
+from engine.families import family_of, read_config, stamp
 
 QUESTION_TRAIN = (
     "{Question}\nPlease think about this question as if you were a human pondering deeply. Engage "
@@ -95,7 +97,8 @@ class Vision:
     min_pixels: int = 56 * 56
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    tokens_per_second: float = 2
+    tokens_per_second: float | None = 2     # None: temporal patches are one position apart
+    timestamps: bool = False                # the prompt says each temporal patch's time in words
 
 
 def fit(frames: np.ndarray, max_pixels: float, v: Vision, min_pixels: int = 0) -> Tensor:
@@ -129,20 +132,26 @@ def patches(frames: Tensor, v: Vision) -> Tensor:
 
 
 def rope_positions(visual: Tensor, grid: tuple[int, int, int], merge: int, ticks: float) -> Tensor:
-    """(3, P) temporal, height and width positions (Qwen2.5-VL's M-RoPE): one clip or image.
+    """(3, P) temporal, height and width positions (M-RoPE): one clip, in one run of tokens or in
+    several with text between, or an image.
 
     visual: (P,) bool, the media's tokens. grid: its (t, h, w) in patches. ticks: positions from one
-    temporal patch to the next, tokens_per_second * seconds (rounded down after the product). As in
-    transformers 5, text goes on after the larger side of a frame, even below the clip's last second
-    (transformers 4 went on after that); completions come after the highest position of all.
+    temporal patch of a run to the next, tokens_per_second * seconds (rounded down after the
+    product). As in transformers 5, text goes on after the larger side of a frame, even below the
+    clip's last second (transformers 4 went on after that); completions come after the highest
+    position of all.
     """
-    before = int(visual.nonzero()[0])
-    t, h, w = grid[0], grid[1] // merge, grid[2] // merge
-    times = (torch.arange(t) * ticks).long()
-    axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
-    media = torch.stack(axes).flatten(1) + before                                   # (3, t*h*w)
-    after = torch.arange(len(visual) - before - media.shape[1]) + before + max(h, w)
-    return torch.cat([torch.arange(before).expand(3, -1), media, after.expand(3, -1)], dim=1)
+    h, w = grid[1] // merge, grid[2] // merge
+    parts, start = [], 0
+    for seen, n in zip(*(x.tolist() for x in visual.unique_consecutive(return_counts=True))):
+        if seen:
+            times = (torch.arange(n // (h * w)) * ticks).long()
+            axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+            parts.append(torch.stack(axes).flatten(1) + start)                      # (3, n)
+        else:
+            parts.append(torch.arange(start, start + n).expand(3, -1))
+        start += max(h, w) if seen else n
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
@@ -208,18 +217,19 @@ class Processor:
         self.vision = Vision(
             vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, least,
             tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"]),
-            vision.tokens_per_second)
+            getattr(vision, "tokens_per_second", None), family_of(config).timestamps)
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Processor":
-        """From a checkpoint's folder or hub name. OSError if a file of it is missing."""
+        """From a checkpoint's folder or hub name. OSError if a file of it is missing, ValueError
+        if it is of another family."""
         def read(file: str) -> dict:
             return json.loads(Path(cached_file(name, file)).read_text())
 
+        config = read_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = read("chat_template.json")["chat_template"]
-        config = AutoConfig.from_pretrained(name)
         return cls(tokenizer, config, read("preprocessor_config.json"))
 
     def save(self, folder: str | Path) -> None:
@@ -235,17 +245,20 @@ class Processor:
         messages = [{"role": "user", "content": [{"type": record["data_type"]}, words]}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
+        grid, runs = grid_of(frames, v), 1
+        if v.timestamps and record["data_type"] == "video":
+            text, runs = stamp(text, len(frames), v.temporal, seconds_per_frame), grid[0]
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
-        if torch.isin(ids, torch.tensor(list(self.media_ids.values()))).sum() != 1:
+        if torch.isin(ids, torch.tensor(list(self.media_ids.values()))).sum() != runs:
             raise BadRecord(f"{name_of(record)}: the question holds an image or video token")
-        grid = grid_of(frames, v)
         count = torch.ones_like(ids)
-        count[ids == media] = math.prod(grid) // v.merge ** 2
+        count[ids == media] = math.prod(grid) // v.merge ** 2 // runs
         ids = ids.repeat_interleave(count)
         if len(ids) > max_prompt:
             count = f"a prompt of {len(ids)} tokens exceeds the limit of {max_prompt}"
             raise BadRecord(f"{name_of(record)}: {count}")
         seconds = v.temporal * seconds_per_frame
-        positions = rope_positions(ids == media, grid, v.merge, v.tokens_per_second * seconds)
+        ticks = 1 if v.tokens_per_second is None else v.tokens_per_second * seconds
+        positions = rope_positions(ids == media, grid, v.merge, ticks)
         after = int(positions.max()) + 1
         return Prompt(record, ids, positions, after, ids == media, frames, v, seconds)

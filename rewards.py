@@ -6,13 +6,13 @@ floats out; the evaluator shares this file, and its lenient parser stands at the
 """
 
 import math
+import operator
 import re
 from string import ascii_uppercase
 
 import torch
 from torch import Tensor
 
-PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -24,65 +24,53 @@ def extract_answer(text: str) -> str:
     return match.group(1).strip() if match else ""
 
 
-def parse_number(text: str) -> float | None:
-    """'1,234.5' -> 1234.5; None where the whole text is not one finite number."""
+def parse_number(text: str) -> float:
+    """'1,234.5' -> 1234.5; NaN, which equals nothing, where the whole text is not one number."""
     try:
-        value = float(text.replace(",", ""))
+        return float(text.replace(",", ""))
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def equal(a: float | None, b: float | None) -> bool:
-    """Two numbers, both there and equal at 2 decimals."""
-    return a is not None and b is not None and round(a, 2) == round(b, 2)
+        return math.nan
 
 
 def same_number(answer: str, truth: str) -> bool:
-    """Video-R1's strict rule: `equal`, and both or neither written with a point or a comma."""
+    """Equal at 2 decimals, and both or neither written with a point or a comma."""
     alike = bool(re.search("[.,]", answer)) == bool(re.search("[.,]", truth))
-    return alike and equal(parse_number(answer), parse_number(truth))
+    return alike and round(parse_number(answer), 2) == round(parse_number(truth), 2)
 
 
-def word_error_rate(truth: str, answer: str) -> float:
-    """Levenshtein distance between the word lists, over the number of words in `truth`."""
-    reference, hypothesis = truth.split(), answer.split()
-    row = list(range(len(hypothesis) + 1))
-    for i, word in enumerate(reference, 1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(hypothesis, 1):
-            best = min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
-            previous, row[j] = row[j], best
-    return row[-1] / max(1, len(reference))
+def word_accuracy(answer: str, truth: str) -> float:
+    """1 - word error rate, at least 0: Levenshtein distance over the number of words in `truth`."""
+    from nltk import edit_distance                          # slow to import, seldom needed
+    return max(0.0, 1 - edit_distance(truth.split(), answer.split()) / max(1, len(truth.split())))
+
+
+def rouge(answer: str, truth: str) -> float:
+    """Mean F1 of ROUGE-1, -2 and -L, with stemming."""
+    from rouge_score.rouge_scorer import RougeScorer        # slow to import, seldom needed
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return sum(score.fmeasure for score in scorer.score(truth, answer).values()) / 3
+
+
+def closeness(answer: str, truth: str) -> float:
+    """1 - relative error, at least 0."""
+    a, b = parse_number(answer), parse_number(truth)
+    error = (abs(a - b) + 1e-9) / (abs(b) + 1e-9)
+    return 1.0 - error if error < 1 else 0.0                # also where it is NaN
+
+
+ACCURACY = {"multiple choice": operator.eq, "numerical": same_number, "OCR": word_accuracy,
+            "free-form": rouge, "regression": closeness}
+PROBLEM_TYPES = tuple(ACCURACY)
 
 
 def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
-    """How right the answer is, in [0, 1]. A completion without answer tags earns 0.
-
-    multiple choice: the exact letter.  numerical: `same_number`.  OCR: 1 - word error rate.
-    free-form: mean F1 of ROUGE-1, -2, -L with stemming.  regression: 1 - relative error.
-    Raises ValueError for an unknown problem_type.
-    """
-    if problem_type not in PROBLEM_TYPES:
-        known = ", ".join(PROBLEM_TYPES)
+    """How right the answer is, in [0, 1], by the problem type's function of ACCURACY. A completion
+    without answer tags earns 0. Raises ValueError for an unknown problem_type."""
+    if problem_type not in ACCURACY:
+        known = ", ".join(ACCURACY)
         raise ValueError(f"unknown problem_type {problem_type!r}; known: {known}")
     answer, truth = extract_answer(completion), extract_answer(solution) or solution.strip()
-    if not answer:
-        return 0.0
-    if problem_type == "multiple choice":
-        return float(answer == truth)
-    if problem_type == "numerical":
-        return float(same_number(answer, truth))
-    if problem_type == "OCR":
-        return max(0.0, 1.0 - word_error_rate(truth, answer))
-    if problem_type == "free-form":
-        from rouge_score.rouge_scorer import RougeScorer    # slow to import, seldom needed
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        return sum(score.fmeasure for score in scorer.score(truth, answer).values()) / 3
-    a, b = parse_number(answer), parse_number(truth)
-    if a is None or b is None:
-        return 0.0
-    return 1.0 - min(1.0, (abs(a - b) + 1e-9) / (abs(b) + 1e-9))
+    return float(ACCURACY[problem_type](answer, truth)) if answer else 0.0
 
 
 def format_reward(completion: str, pattern: str = "strict") -> float:
@@ -107,14 +95,13 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
 
 
 # --------------------------------------------------------------------------------- evaluation only
-LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:,]*")       # B  b  (B)  B.  [B]
-LETTERED_TEXT = re.compile(                                      # B. its text  b) its text  B - ..
-    r"(?!.*(?i:answer is))[(\[]?([A-Z](?=[)\].:]|\s+-\s)|[a-z](?=[)\]]))\W+\S.*", re.DOTALL)
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([^{}]*?)\s*\}")
-STATED = re.compile(                                             # the answer is B
-    r"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\**[(\[]?([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])")
-QUANTITY = re.compile(
-    r"(?<![A-Za-z_^])(?<!\^-)(?:[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+)")
+NAMED = r"(?i:\s+is)?\s*:?\s*\W*([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])"       # never the article
+CHOSEN = [re.compile(pattern) for pattern in (
+    r"(?i:answer|option is|choice is)" + NAMED,                 # the answer is B   Answer: (B)
+    r"^\W*([A-Za-z])(?:\W*$|[)\].:](?!\w\.)|\s+-\s)",           # B  (b)  B. its text  B - its text
+    r"(?i:option|choice)" + NAMED)]                             # option B
+NUMBER = re.compile(r"(?<![\w^])(?<!\^-)[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")
 
 
 def final_words(output: str) -> str:
@@ -125,56 +112,49 @@ def final_words(output: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Lower case, single spaces, without an option's letter before it or a point after it."""
-    text = re.sub(r"^[(\[]?[A-Z][)\].:]\s*", "", text.strip())
-    return re.sub(r"\s+", " ", text).strip(" .\"'").lower()
+    return " ".join(text.lower().split()).strip(" .*\"'")
 
 
-def lenient_choice(output: str, options: list[str]) -> str | None:
-    """The letter that an output chooses, or None. In this order: a boxed answer; a letter alone, in
-    any brackets; a letter with the text after it; the text of exactly one option; the last "answer
-    is B". A letter inside a word never counts, nor the article "a"."""
-    text, known = final_words(output).strip("*` "), ascii_uppercase[:len(options) or 26]
-    first = LONE_LETTER.fullmatch(text) or LETTERED_TEXT.fullmatch(text)
-    same = [letter for letter, option in zip(known, options) if plain(option) == plain(text) != ""]
-    said = [first.group(1).upper()] if first else same if len(same) == 1 else STATED.findall(text)
-    return said[-1] if said and said[-1] in known else None
+def by_letter(options: list[str]) -> dict[str, str]:
+    """{letter: text} of options with or without letters: "two", "B. two" or "(B) two" at B."""
+    return {letter: re.sub(rf"^\s*\(?{letter}\s*[.):]\s*", "", option)
+            for letter, option in zip(ascii_uppercase, options)}
 
 
-def lenient_number(output: str) -> float | None:
-    """The one number of the answer, without units and separators; None if none or several."""
-    values = {float(x.replace(",", "")) for x in QUANTITY.findall(final_words(output))}
-    return values.pop() if len(values) == 1 else None
+def lenient_choice(output: str, options: list[str]) -> str:
+    """The letter that an output chooses, or "": by the first of CHOSEN that it holds, the last of
+    several, or by being the text of exactly one option."""
+    text, texts = final_words(output), by_letter(options)
+    for pattern in CHOSEN:
+        letters = pattern.findall(text)
+        if letters:
+            letter = letters[-1].upper()
+            return letter if letter in texts or not options else ""
+    same = [letter for letter, option in texts.items() if plain(option) == plain(text)]
+    return same[0] if len(same) == 1 else ""
 
 
-def relative_accuracy(value: float | None, truth: float | None) -> float:
-    """VSI-Bench's: the share of t = 0.50, 0.55 .. 0.95 with |value - truth| / |truth| < 1 - t."""
-    if value is None or truth is None or value == truth:
-        return float(value is not None and value == truth)
-    error, size = 100 * abs(value - truth), abs(truth)
-    return sum(error < percent * size for percent in range(50, 0, -5)) / 10
+def lenient_number(output: str) -> str:
+    """The one number of the answer, without units and separators; "" if none or several."""
+    values = {float(number.replace(",", "")) for number in NUMBER.findall(final_words(output))}
+    return str(values.pop()) if len(values) == 1 else ""
+
+
+def relative_accuracy(answer: str, truth: str) -> float:
+    """VSI-Bench's: the share of t = 0.50, 0.55 .. 0.95 that 1 - relative error exceeds."""
+    return sum(closeness(answer, truth) > percent / 100 for percent in range(50, 100, 5)) / 10
 
 
 def grade(output: str, solution: str, problem_type: str,
           options: list[str]) -> tuple[float, float, bool]:
-    """(strict, lenient, parsed) score of one output. Strict is Video-R1's evaluation: the text of
-    the first `<answer>`, or the whole output if there is none, must equal the letter, or the number
-    under `same_number`. Lenient reads what a person would. Regression is graded by
-    `relative_accuracy`, OCR and free-form text as in training."""
+    """(strict, lenient, parsed) score of one output. Strict is Video-R1's evaluation: the first
+    `<answer>`, or the whole output if there is none, by the rules of training, except that
+    `relative_accuracy` grades regression. Lenient reads what a person would."""
     truth = extract_answer(solution) or solution.strip()
-    said = extract_answer(output) or output.strip()
+    said, read, right = extract_answer(output) or output.strip(), final_words(output), truth
     if problem_type == "multiple choice":
         read = lenient_choice(output, options)
-        strict, lenient = said == truth, read == truth
-    elif problem_type == "numerical":
-        read = lenient_number(output)
-        strict, lenient = same_number(said, truth), equal(read, parse_number(truth))
-    elif problem_type == "regression":
-        read, right = lenient_number(output), parse_number(truth)
-        strict = relative_accuracy(parse_number(said), right)
-        lenient = relative_accuracy(read, right)
-    else:
-        read = final_words(output) or None
-        strict = accuracy_reward(f"<answer>{said}</answer>", solution, problem_type)
-        lenient = accuracy_reward(f"<answer>{read or ''}</answer>", solution, problem_type)
-    return float(strict), float(lenient), read is not None
+    elif problem_type in ("numerical", "regression"):
+        read, right = lenient_number(output), lenient_number(truth)
+    score = relative_accuracy if problem_type == "regression" else ACCURACY[problem_type]
+    return float(score(said, truth)), float(score(read, right)), read != ""

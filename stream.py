@@ -49,7 +49,7 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
         processor = load_processor(o.model)
         weights_there(Path(o.model))
     except (ValueError, OSError, AttributeError, KeyError) as error:    # another architecture
-        fail(f"--model {o.model}: no complete Qwen2.5-VL checkpoint: "
+        fail(f"--model {o.model}: no checkpoint to start from: "
              f"{str(error).strip().splitlines()[0]}")
     wanting = memory_wanting(o)
     if wanting:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # bash train.sh              the toy world from start to finish, on any machine, with a GPU or without
+# bash train.sh rule FILE     a rule of your own against its controls: tables and a page, 15 minutes on two cores
 # bash train.sh 7b [...]     the paper's recipe on this node's GPUs; what follows goes to ktr.py
 # bash train.sh 7b --dry_run [...]     a dozen steps with random weights and synthetic clips: seconds and memory here
 #
@@ -75,6 +76,7 @@ recipe() {
 
 case "${1:-toy}" in
     7b) shift; recipe "$@" ;;
+    rule) shift; HF_HUB_OFFLINE=1 exec "$PY" -m lab.study --rule "$@" ;;
     toy) [ $# = 0 ] || shift; toy "$@" ;;
-    *) echo "usage: bash train.sh [toy|7b] [options of ktr.py]" >&2; exit 2 ;;
+    *) echo "usage: bash train.sh [toy|7b] [options of ktr.py], or rule FILE" >&2; exit 2 ;;
 esac

@@ -1,24 +1,35 @@
-"""Blank models: the architectures of Qwen2.5-VL with random weights, named random:3b, random:7b, random:32b.
+"""Blank models: real architectures with random weights, named random:7b, random:qwen3-8b, ..
 
-They need no download, and cost what the real ones cost. Their tokenizer is that of the shipped cold_start/,
-whose words are few but whose special tokens are the real ones, since Qwen's would have to be downloaded.
+They need no download, and cost what the real ones cost. Their tokenizer is that of the shipped
+cold_start/, whose words are few but whose special tokens are the real ones.
 """
 
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-# from the config.json of Qwen2.5-VL-3B/7B/32B-Instruct
+from engine.families import family_of, new_config
+
+# after the config.json of the Instruct models: (hidden, intermediate, layers, heads, key-value
+# heads, vocabulary, whether the head is the embedding)
 SIZES = {
-    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
-    "32b": dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
-                num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False),
+    "3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "32b": (5120, 27648, 64, 40, 8, 152064, False),
+    "qwen2-7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "qwen3-2b": (2048, 6144, 28, 16, 8, 151936, True),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 151936, True),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, 151936, False),
 }
-VISION_MLP = {"3b": 3420, "7b": 3420, "32b": 3456}      # intermediate size of the vision tower's blocks
+# the vision tower: (blocks, hidden, intermediate, blocks that attend beyond their window or whose
+# features join the first layers)
+TOWERS = {
+    "3b": (32, 1280, 3420, [7, 15, 23, 31]), "7b": (32, 1280, 3420, [7, 15, 23, 31]),
+    "32b": (32, 1280, 3456, [7, 15, 23, 31]), "qwen2-7b": (32, 1280, 5120, []),
+    "qwen3-2b": (24, 1024, 4096, [5, 11, 17]), "qwen3-4b": (24, 1024, 4096, [5, 11, 17]),
+    "qwen3-8b": (27, 1152, 4304, [8, 16, 24]),
+}
 
 
 def tokenizer():
@@ -26,34 +37,43 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "cold_start")
 
 
-def config(name: str, tokenizer) -> Qwen2_5_VLConfig:
-    """The architecture called `name`, with this tokenizer's special tokens. "random:7b" is that of the 7B;
-    "random:7b/4" has its width, but 4 layers and 4 vision blocks. OSError for an unknown size."""
-    size, _, layers = name.removeprefix("random:").partition("/")
+def config(name: str, tokenizer) -> PreTrainedConfig:
+    """The architecture called `name`, with this tokenizer's special tokens. "random:7b" is that of
+    the 7B; "random:7b/4" has its width, but 4 layers and 4 vision blocks. OSError for an unknown
+    size."""
+    size, _, depth = name.removeprefix("random:").partition("/")
     if size not in SIZES:
         raise OSError(f"{name}: no such size; known: {', '.join(SIZES)}")
-    shape, token = dict(SIZES[size]), tokenizer.convert_tokens_to_ids
-    blocks, whole = 32, [7, 15, 23, 31]                 # whole: blocks that attend beyond their window
-    if layers:
-        shape["num_hidden_layers"] = blocks = int(layers)
-        whole = [blocks - 1]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = dict(**shape, max_position_embeddings=128000, rms_norm_eps=1e-6, rope_parameters=rope,
-                bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    vision = dict(depth=blocks, hidden_size=1280, intermediate_size=VISION_MLP[size], num_heads=16,
-                  out_hidden_size=shape["hidden_size"], window_size=112, fullatt_block_indexes=whole,
-                  tokens_per_second=2)
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=shape["tie_word_embeddings"],
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
+    hidden, intermediate, layers, heads, kv_heads, words, tied = SIZES[size]
+    blocks, own, inner, special = TOWERS[size]
+    if depth:
+        layers = blocks = int(depth)
+        special = [blocks - 1]
+    text = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=words,
+                head_dim=128, max_position_embeddings=128000)
+    vision = dict(depth=blocks, hidden_size=own, intermediate_size=inner, num_heads=16,
+                  out_hidden_size=hidden)
+    kind, sections, theta = "qwen2_5_vl", [16, 24, 24], 1e6
+    if size.startswith("qwen3"):
+        kind, sections, theta = "qwen3_vl", [24, 20, 20], 5e6
+        vision["deepstack_visual_indexes"] = special
+    elif size.startswith("qwen2"):
+        kind = "qwen2_vl"
+        vision = dict(depth=blocks, embed_dim=own, mlp_ratio=inner // own, num_heads=16,
+                      hidden_size=hidden)
+    else:
+        vision |= dict(window_size=112, fullatt_block_indexes=special, tokens_per_second=2)
+    return new_config(kind, tokenizer, text, vision, sections, theta, tied)
 
 
-def model(name: str, tokenizer, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16,
-          seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """An untouched transformers model of that name. Another seed makes a reference that differs from the policy."""
+def model(name: str, tokenizer, device: torch.device | str = "cpu",
+          dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
+    """An untouched transformers model of that name. Another seed makes a reference that differs
+    from the policy."""
     torch.manual_seed(seed)
+    made = config(name, tokenizer)
     with torch.device(device):
-        made = Qwen2_5_VLForConditionalGeneration._from_config(config(name, tokenizer), dtype=dtype)
-    made.generation_config.eos_token_id = tokenizer.eos_token_id
-    return made
+        blank = family_of(made).model._from_config(made, dtype=dtype)
+    blank.generation_config.eos_token_id = tokenizer.eos_token_id
+    return blank

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import Qwen2_5_VLConfig
+from transformers import PreTrainedConfig
 
 from engine import thin
 from engine.packing import Step
@@ -93,7 +93,7 @@ def next_logits(model: nn.Module, token: Tensor, position: Tensor, step: Step) -
     """(N*G, V) logits after token (N, G) at position (N, G): one decoding step of the model's own forward."""
     hidden = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token), position_ids=position.expand(3, -1, -1),
-        attention_mask={"full_attention": step}, use_cache=False).last_hidden_state
+        layout=step, use_cache=False).last_hidden_state
     return thin.linear(hidden, model.lm_head.weight).flatten(0, 1)
 
 
@@ -124,7 +124,8 @@ class Decoder:
         block = BLOCK if device.type == "cuda" else 1
         self.room = -(-room // block) * block
         length = self.room + -(-G * T // block) * block
-        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        heads = config.num_key_value_heads
+        size = model.model.language_model.layers[0].self_attn.head_dim
         self.kv = [tuple(torch.zeros(N, heads, length, size, dtype=model.dtype, device=device)
                          for _ in range(2)) for _ in range(config.num_hidden_layers)]
 
@@ -234,7 +235,7 @@ class Decoder:
             layer.forward = kept
 
 
-def vision_tokens(config: Qwen2_5_VLConfig) -> list[int]:
+def vision_tokens(config: PreTrainedConfig) -> list[int]:
     """Tokens that must never be sampled: they would stand for pixels that do not exist."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
              "vision_token_id")

@@ -5,8 +5,8 @@ sees the prompt and itself: the prompt is computed once, forward and backward. D
 and values per prompt whose slots after the prompt are dealt out in turn, token t of completion g in slot
 t*G + g, so the G tokens of a step are G queries over the same keys.
 
-Both reach the model through transformers' attention interface, so its own forward runs unchanged: what it
-takes for an attention mask is a `Packed` row or a decoding `Step`. On CUDA the packed row is one call of
+Both reach the model through transformers' attention interface, so its own forward runs unchanged: it hands
+the keyword `layout`, a `Packed` row or a decoding `Step`, down to every layer's attention. On CUDA the packed row is one call of
 torch's variable-length attention with the prompt's keys prepended to each completion's, and the step is one
 FlexAttention kernel that splits the keys over the chip; elsewhere (and for the packed row in fp32, which that
 kernel does not take) both are SDPA under a mask.
@@ -73,12 +73,12 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
     return Packed(*cumulative, torch.cat(keys).to(embeds.device), max(q_lengths), max(k_lengths), blocks)
 
 
-def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packed | Step,
-                   scaling: float | None = None, **_) -> tuple[Tensor, None]:
+def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+                   layout: Packed | Step, scaling: float | None = None, **_) -> tuple[Tensor, None]:
     """Attention of the language model. query (B, H, Q, D), key and value (B, H_kv, Q, D); returns (B, Q, H, D)."""
-    if isinstance(attention_mask, Step):
-        return step_attention(query, key, value, attention_mask, *module.kv, scaling), None
-    row = attention_mask
+    if isinstance(layout, Step):
+        return step_attention(query, key, value, layout, *module.kv, scaling), None
+    row = layout
     if row.store is not None:
         for cache, new in zip(module.kv, (key, value)):
             cache[row.store[0], :, row.store[1]] = new[0].transpose(0, 1)

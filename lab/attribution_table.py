@@ -44,17 +44,25 @@ def share(mask: Tensor) -> float:
     return mask.float().mean().item()
 
 
+def heavier(weights: Tensor, valid: Tensor) -> Tensor:
+    """(G, T) bool: tokens of at least the mean weight, and above 0; of a key mask, its own."""
+    weights = weights.float() * valid
+    return (weights > 0) & (weights >= weights.sum() / valid.sum().clamp(min=1))
+
+
 def attribution_table(model_name: str, world: Path, questions: int = 64, G: int = 4,
-                      ratio: float = 0.2) -> dict:
+                      ratio: float = 0.2, rules: dict[str, Options] | None = None) -> dict:
     """Print and return {look: {"share": {class: ..}, "recall": {"visual": .., "temporal": ..},
     "place": ..}}, and under "overlap" the union of visual, temporal and entropy as a share of all
-    tokens, and of the union what 1, 2 or 3 of them chose. On clips of the world's test.json."""
+    tokens, and of the union what 1, 2 or 3 of them chose. On clips of the world's test.json.
+    rules: further looks; theirs are the tokens that `heavier` takes of their weights."""
     model, processor = load(model_name)
     records = [r for r in read_records(world / "test.json")[0] if r["data_type"] == "video"]
     data = Prompts(records[:questions], world, processor)
     prompts = [data[i] for i in range(len(data))]
     groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
-    found, parts = [], {look: [] for look in LOOKS}
+    rules = rules or {}
+    found, parts = [], {look: [] for look in (*LOOKS, *rules)}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
         with torch.no_grad():
             ((logp, entropy),) = score_groups(model, [prompt], [group])
@@ -64,6 +72,11 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
             r.logp, r.entropy = logp, entropy
             attribute([r], Options(signals=[name], ratio=ratio, **changes), model)
             parts[look].append(r.chosen[name][group.valid])
+        for look, o in rules.items():
+            r = Rollout(prompt, group, seed=i)
+            r.logp, r.entropy = logp, entropy
+            attribute([r], o, model)
+            parts[look].append(heavier(r.key_mask, group.valid)[group.valid])
         found.append(classes_and_places(group, processor.tokenizer))
     classes, places = (torch.cat(x) for x in zip(*found))
     masks = {look: torch.cat(part) for look, part in parts.items()}
@@ -85,8 +98,9 @@ def print_table(table: dict, ratio: float) -> None:
     heads = "".join(f"{name:>10}" for name in CLASSES)
     print(f"top {ratio:.0%} by; place: 0 is the first token, 1 the last")
     print(f"{'':20} what they are: {heads}    words found: visual  temporal    place")
-    for look in LOOKS:
-        row = table[look]
+    for look, row in table.items():
+        if look == "overlap":
+            continue
         shares = "".join(f"{100 * x:9.1f}%" for x in row["share"].values())
         visual, temporal = (100 * x for x in row["recall"].values())
         recall = f"{visual:7.1f}% {temporal:8.1f}%"

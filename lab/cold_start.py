@@ -1,9 +1,10 @@
-"""The cold start of the toy world: supervised fine-tuning of a fresh tiny Qwen2.5-VL.
+"""The cold start of the toy world: supervised fine-tuning of a fresh tiny model.
 
 Two thirds of the steps learn to see from the careful teacher, the last third imitates the careless
 one (toy.SLIPS). The loss is the mean of -log pi(y_t | v, q, y_<t) over all tokens of the batch.
 
     python -m lab.toy cold_start DIR        25 minutes on two cores; makes what cold_start/ holds
+    python -m lab.toy cold_start DIR --family qwen3         a Qwen3-VL in place of a Qwen2.5-VL
 """
 
 import math
@@ -13,22 +14,26 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration
 
+from engine.families import family_of
 from engine.prepare import prepare
 from lab import toy
 from policy import Group, score_groups
 from prompt import Processor, Vision
 
+HALF = (0.5, 0.5, 0.5)
 
-def new_model(device: str) -> tuple[nn.Module, Processor]:
+
+def new_model(device: str, family: str = "qwen2.5") -> tuple[nn.Module, Processor]:
     """The tiny model with weights from torch's random state, and its processor."""
-    tokenizer = toy.new_tokenizer()
-    model = prepare(Qwen2_5_VLForConditionalGeneration(toy.new_config(tokenizer)), device)
+    tokenizer = toy.new_tokenizer(toy.STAMPS if family == "qwen3" else "")
+    config = toy.new_config(tokenizer, family)
+    model = prepare(family_of(config).model(config), device)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    preprocessor = dict(image_mean=Vision.mean, image_std=Vision.std, patch_size=14,
-                        temporal_patch_size=2, merge_size=2, min_pixels=Vision.min_pixels,
-                        max_pixels=12845056)
+    mean, std = (HALF, HALF) if family == "qwen3" else (Vision.mean, Vision.std)
+    patch = config.vision_config.patch_size
+    preprocessor = dict(image_mean=mean, image_std=std, patch_size=patch, temporal_patch_size=2,
+                        merge_size=2, min_pixels=Vision.min_pixels, max_pixels=12845056)
     return model, Processor(tokenizer, model.config, preprocessor)
 
 
@@ -38,12 +43,13 @@ def said_by(teacher: str, tokenizer, device: str) -> Group:
     return Group(ids, torch.ones_like(ids, dtype=torch.bool), ids.float())
 
 
-def train(folder: Path, steps: int = 3000, batch: int = 64, lr=1e-3, seed: int = 0) -> None:
+def train(folder: Path, steps: int = 3000, batch: int = 64, lr=1e-3, seed: int = 0,
+          family: str = "qwen2.5") -> None:
     """Train a fresh tiny model and write a checkpoint into the folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model, processor = new_model(device)
+    model, processor = new_model(device, family)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = tqdm(range(steps), desc="cold start", unit="step")

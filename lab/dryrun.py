@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.toy import write_y4m
+from policy import weight_count
 
 
 def make_clips(folder: Path, frames: int = 16, records: int = 4096) -> None:
@@ -36,17 +37,30 @@ def make_clips(folder: Path, frames: int = 16, records: int = 4096) -> None:
     (folder / "data.json").write_text(json.dumps(rows))
 
 
+def memory_parts(options: dict, prompts: float, peak: float) -> dict[str, float]:
+    """GiB of one GPU by what takes it: what lasts, from the number of weights, and the rest of the
+    peak (activations, caches, a part of the optimizer's step). Empty without a GPU."""
+    if not peak:
+        return {}
+    n = weight_count(options["model"]) / 2 ** 30
+    each = 2 if options["dtype"] == "bfloat16" else 4
+    ranks = prompts / options["prompts_per_step"]
+    parts = {"weights": each * n, "gradients": each * n,
+             "reference": each * n if options["beta"] else 0.0,
+             "optimizer": 0.0 if options["offload"] else 12 * n / ranks}
+    return {**parts, "activations": peak - sum(parts.values()), "peak": peak}
+
+
 def table(run: Path, epoch: int) -> dict:
     """Print and return what a run's steps cost (medians), the first two (compilation) apart;
     `epoch` is its number of prompts."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     options = json.loads((run / "options.json").read_text())
-    path = run / "memory.json"
-    memory = json.loads(path.read_text()) if path.exists() else {}
     later = log[2:] or log
     names = [name for name in later[0] if name.startswith("seconds")]
     cost = {name: statistics.median(row[name] for row in later) for name in names}
     prompts = later[0]["prompts"]
+    memory = memory_parts(options, prompts, max(row.get("memory_gib", 0) for row in log))
     per_hour = 3600 * prompts / cost["seconds"]
     hours = epoch / per_hour
     phases = [f"{name.removeprefix('seconds_')} {value:.2f}"

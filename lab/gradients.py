@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attribution import Rollout, attribute
 from data import Prompts, read_records
 from grpo import group_advantages
+from lab.attribution_table import heavier
 from policy import Group, load, sample, score_groups
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward
@@ -46,17 +47,19 @@ def gradient_of(losses: Tensor, model: nn.Module) -> Callable[[Tensor], Tensor]:
     return gradient
 
 
-def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int = 8) -> dict:
+def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int = 8,
+                      rules: dict[str, Options] = RULES) -> dict:
     """Print and return {"gradients": {rule: means over groups}, "loss variance": {rule: ..}}, on
-    clips of the world's train.json. SystemExit if no group has unequal rewards."""
+    clips of the world's train.json. A rule's key tokens are those that `heavier` takes. SystemExit
+    if no group has unequal rewards."""
     model, processor = load(model_name)
     records = read_records(Path(world) / "train.json")[0]
     clips = [record for record in records if record["data_type"] == "video"][:questions]
     data = Prompts(clips, world, processor)
     prompts = [data[i] for i in range(len(data))]
     groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
-    rows = {rule: [] for rule in RULES}
-    losses = {rule: [] for rule in ("GRPO", *RULES)}
+    rows = {rule: [] for rule in rules}
+    losses = {rule: [] for rule in ("GRPO", *rules)}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
         advantages = advantages_of(prompt, group, processor)
         if not advantages.any():
@@ -66,13 +69,13 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
         gradient = gradient_of(tokens, model)
         whole = gradient(group.valid)
         losses["GRPO"] += (tokens * group.valid).sum(-1).tolist()
-        for rule, o in RULES.items():
+        for rule, o in rules.items():
             r = Rollout(prompt, group, seed=i)
             r.logp, r.entropy = logp.detach(), entropy.detach()
             attribute([r], o, model)
             losses[rule] += (tokens * r.key_mask).sum(-1).tolist()
-            row = {}
-            for name, mask in (("key", r.key_mask), ("other", group.valid & ~r.key_mask)):
+            row, key = {}, heavier(r.key_mask, group.valid)
+            for name, mask in (("key", key), ("other", group.valid & ~key)):
                 part = gradient(mask)
                 row[name] = part.norm().item()
                 row[f"cosine {name}"] = torch.cosine_similarity(part, whole, dim=0).item()

@@ -262,7 +262,8 @@ def build(content: dict, limit: int = LIMIT) -> str:
 
 def plot(runs: list[dict], names: list[str], page: Path) -> None:
     """A panel for each column, a line for each run, as SVG and PNG beside the page; needs
-    matplotlib. runs: {"name", "log": {column: values}, "smooth": the same}."""
+    matplotlib. runs: {"name", "log": {column: values}, "smooth": the same, and maybe "band":
+    {column: (lower, upper values)}}."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -282,6 +283,8 @@ def plot(runs: list[dict], names: list[str], page: Path) -> None:
             steps = run["log"]["step"][:len(raw)]
             panel.plot(steps, raw, alpha=0.25, linewidth=0.8, **look)
             panel.plot(steps, smoothed, linewidth=1.6, label=run["name"], **look)
+            if "band" in run:
+                panel.fill_between(steps, *run["band"][name], color=look["color"], alpha=0.12)
     if len(runs) > 1:
         lines = axes[0, 0].get_legend_handles_labels()
         figure.legend(*lines, loc="outside lower center", ncols=4)

@@ -1,7 +1,8 @@
 """Is the key token key? One training under many rules for choosing tokens, on the toy world.
 
     python -m lab.study                         all variants, five seeds each; resumable
-    python -m lab.study --only GRPO "random 45%" --add "mine=--signals mine"    rule and controls
+    python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
+    python -m lab.study --rule mine.py          a file's rule against its controls, with a page
     python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
 
 All variants share data, seeds, learning rate and steps. Differences are paired by seed: the same
@@ -17,6 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from lab.gradients import gradient_analysis
 from lab.report import plot, smooth
+from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,8 +42,15 @@ VARIANTS = {
     "temporal+entropy": "--signals temporal entropy",
     "visual+temporal": "--signals visual temporal",
     "Video-KTR": "",
-    "T-GRPO": "--signals all --ordered_bonus 0.3",
-    "TW-GRPO": "--signals spread --weighting spread",
+    "T-GRPO": "--rule lab/rules/t_grpo.py",
+    "spread weights": "--rule lab/rules/tw_grpo.py",    # TW-GRPO, but for its beta
+    "VPPO": "--rule lab/rules/vppo.py",
+    "PAPO": "--rule lab/rules/papo.py",
+    "PGPO's weights": "--rule lab/rules/pgpo.py",
+    "weights per signal": "--rule lab/rules/per_signal.py",
+    "Dr. GRPO": "--rule lab/rules/dr_grpo.py",
+    "DAPO": "--rule lab/rules/dapo.py",
+    "entropy 80/20": "--rule lab/rules/entropy_80_20.py",
     "KTR 10%": "--ratio 0.1",
     "KTR 50%": "--ratio 0.5",
     "KTR linear weights": "--weighting linear",
@@ -52,6 +62,7 @@ VARIANTS = {
     "random 45% /selected": "--signals random --ratio 0.45 --normalize selected",
     "KTR /selected": "--normalize selected",
 }
+CONTROLS = ("GRPO", "random 45%", "Video-KTR")              # of --rule
 COMPARISONS = {         # heading: (measure, control)
     "minus GRPO": ("accuracy", "GRPO"),
     "minus random 45%": ("accuracy", "random 45%"),
@@ -81,16 +92,18 @@ def commands_of(run: Path, seed: int, options: str, a: argparse.Namespace) -> li
 
 def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gpu: str) -> None:
     """One run and its test score, left alone if they are there already. RuntimeError holds what a
-    failure printed, or says that the folder holds a run under other options (a rule whose code has
-    changed cannot be told: remove its folder)."""
+    failure printed, or says that the folder holds a run under other options or another text of its
+    rule's file (a rule inside attribution.py cannot be told: remove its folder)."""
     run = folder_of(a.out, name, seed)
     commands, made_by = commands_of(run, seed, options, a), run / "study.json"
-    if made_by.exists() and json.loads(made_by.read_text()) != commands:
-        raise RuntimeError(f"{run} holds a run under other options; remove it or change --out")
+    rules = [(ROOT / word).read_text() for word in shlex.split(options) if word.endswith(".py")]
+    if made_by.exists() and json.loads(made_by.read_text()) != commands + rules:
+        raise RuntimeError(f"{run} holds a run under other options or another text of its rule; "
+                           "remove it or change --out")
     if (run / "after" / "scores.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    made_by.write_text(json.dumps(commands))
+    made_by.write_text(json.dumps(commands + rules))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                    "CUDA_VISIBLE_DEVICES": gpu}
     for command in commands:
@@ -99,6 +112,16 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace, gp
         if done.returncode:
             printed = (done.stdout + done.stderr)[-2000:]
             raise RuntimeError(f"{name}, seed {seed}: {shlex.join(command)}\n{printed}")
+
+
+def try_one_step(options: str, a: argparse.Namespace) -> None:
+    """SystemExit with the last line that a failure prints: what is wrong, in a rule's error."""
+    with tempfile.TemporaryDirectory() as folder:
+        train, _ = commands_of(Path(folder), 0, options, a)
+        done = subprocess.run([sys.executable, *train, "--max_steps", "1", "--save_every", "0"],
+                              cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit((done.stdout + done.stderr).strip().splitlines()[-1])
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
@@ -193,16 +216,18 @@ def print_rows(table: dict, compared: list[str]) -> None:
 
 
 def draw(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """Curves of the training, mean over seeds, as curves.svg and .png; needs matplotlib."""
+    """Curves of the training, as curves.svg and .png: means over seeds with 95% intervals; needs
+    matplotlib."""
     runs, columns = [], ("reward", "accuracy", "kl", "grad_norm")
     for name in variants:
         logs = [read_log(folder_of(a.out, name, seed)) for seed in range(a.seeds)]
-        log = {"step": [row["step"] for row in logs[0]]}
+        log, band = {"step": [row["step"] for row in logs[0]]}, {}
         for column in columns:
-            seeds = [[row[column] for row in rows] for rows in logs]
-            log[column] = [statistics.mean(values) for values in zip(*seeds)]
-        smoothed = {column: smooth(values) for column, values in log.items()}
-        runs.append({"name": name, "log": log, "smooth": smoothed})
+            seeds = [smooth([row[column] for row in rows]) for rows in logs]
+            found = [interval(values) for values in zip(*seeds)]
+            log[column] = [mean for mean, _ in found]
+            band[column] = [m - half for m, half in found], [m + half for m, half in found]
+        runs.append({"name": name, "log": log, "smooth": log, "band": band})
     plot(runs, columns, Path(a.out, "curves"))
 
 
@@ -210,8 +235,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", help=f"of: {', '.join(VARIANTS)}")
+    names = ", ".join(VARIANTS).replace("%", "%%")
+    add("--only", nargs="+", help=f"of: {names}")
     add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
+    add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
     add("--seeds", type=int, default=5)
     add("--steps", type=int, default=80)
     add("--jobs", type=int, default=0, help="runs at once (default: one per core, four per GPU)")
@@ -233,13 +260,19 @@ def main() -> None:
     if a.gradients:
         gradient_analysis(a.gradients, a.world)
         return
-    variants = {name: VARIANTS[name] for name in a.only or VARIANTS}
+    only = a.only or (CONTROLS if a.rule else VARIANTS)
+    variants = {name: VARIANTS[name] for name in only}
     variants.update(item.split("=", 1) for item in a.add)
+    if a.rule:
+        variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
+        try_one_step(variants[a.rule.stem], a)
     run_all(variants, a)
     table = make_table(variants, a)
     saved = {"options": vars(a), "variants": variants, "table": table}
-    Path(a.out, "table.json").write_text(json.dumps(saved, indent=1))
+    Path(a.out, "table.json").write_text(json.dumps(saved, indent=1, default=str))
     draw(variants, a)
+    if a.rule:
+        page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
 
 
 if __name__ == "__main__":

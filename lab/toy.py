@@ -1,4 +1,4 @@
-"""The toy world: real video files, questions whose every word has a known cause, a tiny Qwen2.5-VL.
+"""The toy world: real video files, questions whose every word has a known cause, tiny models.
 
 A clip shows two shapes, one after the other, each moving one way, while the background flashes 1 to
 4 times. Questions ask for looks (colour), motion (which way), order (which came first) and a count;
@@ -11,7 +11,8 @@ The cold start imitates it: where a slip is likelier than the truth, greedy deco
 although the right word has probability left, and reinforcement learning has to find it.
 
     python -m lab.toy make DIR                  write clips, images, train.json, test.json
-    python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py)
+    python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py);
+                                                --family qwen2, qwen3: another family's
     python -m lab.toy attribution --model DIR   what signals select (attribution_table.py)
     python -m lab.toy table RUN                 accuracy before and after
 """
@@ -26,8 +27,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from engine import families
 from prompt import QUESTION_EVAL, QUESTION_TRAIN, TYPE, Processor, Prompt, fit
 
 SIDE, FRAMES, FPS = 56, 8, 2
@@ -223,6 +225,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = ("a and also first the . flashes A B C D E F What colour is ? Which way does move shape "
          "comes How many are there Options : user assistant")
+STAMPS = " < > seconds 0 5 6 7 8 9"         # what Qwen3-VL's prompts say of times
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
@@ -230,11 +233,11 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
     """One token a word. The protocol's long sentences are one token each: prompts stay short."""
     sentences = [text.removeprefix("{Question}\n") for text in (QUESTION_TRAIN, QUESTION_EVAL)]
     sentences += sorted(text.strip() for text in set(TYPE.values()))
-    text = " ".join((*OPENINGS, *NOTICES, *CLOSINGS, *SHAPES, *COLOURS, *WAYS, *NUMBERS, WORDS))
+    text = " ".join((*OPENINGS, *NOTICES, *CLOSINGS, *SHAPES, *COLOURS, *WAYS, *NUMBERS, WORDS + more))
     words = dict.fromkeys((*SPECIAL, *TAGS, *text.split()))
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -246,28 +249,32 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
 
 
-def new_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL with 1.07 million parameters; every part of the 7B is there."""
-    token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    text = dict(
-        vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
-        max_position_embeddings=4096, rope_parameters=rope, bos_token_id=None,
-        eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, window_size=112,
-                  out_hidden_size=128, fullatt_block_indexes=[1], tokens_per_second=2)
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, start, end = (token(f"<|{name}|>") for name in names)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image,
-                            video_token_id=video, vision_start_token_id=start,
-                            vision_end_token_id=end)
+# family: (model_type, its own of the text model and of the vision tower, sections of M-RoPE)
+TOWER = dict(hidden_size=64, intermediate_size=128, out_hidden_size=128)
+TINY = {
+    "qwen2.5": ("qwen2_5_vl", {}, dict(**TOWER, window_size=112, fullatt_block_indexes=[1],
+                                       tokens_per_second=2), [4, 6, 6]),
+    "qwen2": ("qwen2_vl", {}, dict(embed_dim=64, hidden_size=128, mlp_ratio=2), [4, 6, 6]),
+    "qwen3": ("qwen3_vl", dict(head_dim=48), dict(**TOWER, deepstack_visual_indexes=[0, 1],
+                                                  num_position_embeddings=16), [8, 8, 8]),
+}
+
+
+def new_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5") -> PreTrainedConfig:
+    """A model of 1.1 million parameters; every part of the 7B is there."""
+    kind, text, vision, sections = TINY[family]
+    text = dict(vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
+                num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=4096, **text)
+    return families.new_config(kind, tokenizer, text, dict(depth=2, num_heads=2, **vision),
+                               sections, theta=10000.0, tied=family == "qwen3")
 
 
 def example_prompt(rng: random.Random, processor: Processor, careless=True) -> tuple[Prompt, str]:
     """A fresh prompt and what the teacher says, without a file in between."""
     scene, record = new_example(rng)
-    frames = fit(render(scene), SIDE * SIDE, processor.vision)
+    vision = processor.vision
+    frames = fit(render(scene), (2 * vision.patch * vision.merge) ** 2, vision)
     prompt = processor.prompt(record, frames, 1 / FPS)
     return prompt, teach(rng, scene, record, careless)
 
@@ -295,12 +302,13 @@ def main() -> None:
     add("folder", type=Path, nargs="?", default=world, help="to write, or the run of `table`")
     add("--model", default="cold_start")
     add("--data", type=Path, default=world)
+    add("--family", choices=TINY, default="qwen2.5", help="of `cold_start`")
     a = parser.parse_args()
     # the two that build on this module are imported by name, so that it does not depend on them
     if a.command == "make":
         make(a.folder)
     elif a.command == "cold_start":
-        importlib.import_module("lab.cold_start").train(a.folder)
+        importlib.import_module("lab.cold_start").train(a.folder, family=a.family)
     elif a.command == "attribution":
         importlib.import_module("lab.attribution_table").attribution_table(a.model, a.data)
     else:

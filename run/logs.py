@@ -20,7 +20,8 @@ from run.options import Options
 
 PHASES = ("data", "sample", "score", "attribute", "reference", "backward", "step")
 METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "bonus", "length", "ended",
-           "tokens", "loss", "kl", "clipped", "entropy", "key_share", "overlap", "sampling_gap")
+           "tokens", "loss", "kl", "clipped", "dropped", "entropy", "key_share", "overlap",
+           "sampling_gap")
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
 GIB = 2 ** 30
 
@@ -59,10 +60,11 @@ def measured(o: Options, r) -> dict[str, float]:
     valid, rewards, none = r.group.valid, r.rewards, torch.zeros(())
     n = valid.sum()
     times = sum(r.chosen.values(), torch.zeros_like(valid, dtype=torch.int))    # (G, T) signals
-    gap = (r.logp - r.group.logp).abs().masked_fill(~valid, 0)                  # that chose it
+    gap = (r.old_logp - r.group.logp).abs().masked_fill(~valid, 0)                  # that chose it
     values: dict[str, Tensor] = {
         "reward": rewards.mean(), "reward_std": rewards.std(),
         "flat": (rewards == rewards[0]).all(), "accuracy": r.accuracy.mean(),
+        "dropped": ~r.borne.any(),
         "format": r.format.mean(), "bonus": r.bonus.mean(), "length": n / len(rewards),
         "ended": r.group.ended.float().mean(), "tokens": n, "entropy": r.entropy.sum() / n,
         "overlap": (times > 1).sum() / r.key_mask.sum().clamp(min=1),

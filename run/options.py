@@ -3,8 +3,11 @@
 PRESETS set all choices where the paper's text and the released code differ (README, docs/choices).
 """
 
+import importlib.util
 import math
 import os
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,25 +42,25 @@ def one_of(*choices: str, help: str):
 @dataclass
 class Options:
     """Defaults are the paper's 7B recipe."""
-    model: str = option("", "folder or hub name of a Qwen2.5-VL, or random:7b, random:3b")
+    model: str = option("", "folder or hub name of a Qwen-VL, or random:7b, random:qwen3-8b, ..")
     data: str = option("", "records: a JSON list or JSON lines in Video-R1's form")
     videos: str = option("", "folder that the records' paths start from (default: the data's)")
     out: str = option("runs/ktr", "where checkpoints, log.jsonl and samples.jsonl go")
     leave_out: str = option("", "records to pass over: a list that `data.py check` wrote")
     preset: str = one_of("paper", "released", help="sets every choice where the two differ")
+    rule: list[str] = option([], "files that register rules and may have OPTIONS (docs/rules.md)")
     freeze: list[str] = option([], "of vision, projector, language; default: train all weights")
     # attribution
     signals: list[str] = option(["visual", "temporal", "entropy"], "of attribution.SIGNALS")
     ratio: float = option(0.2, "share of the tokens that each signal keeps (paper: 20%%)")
-    shift: str = one_of("abs", "signed", help="how a change of log-probability becomes a score")
+    shift: str = one_of("abs", "signed", "k3", help="makes a score of a changed log-probability")
     masking: str = one_of("hide", "zero", "half", "replace", help="video tokens not attended to, "
                           "features zeroed, half of the tokens, another clip")
     positions: str = one_of("unchanged", "moved", help="of the text when the video is hidden")
     order: str = one_of("random", "reverse", "blocks", help="of the frames when shuffled")
     distance: str = one_of("logp", "l1", "l2", "kl", "js", "hellinger", "cosine",
                            help="move of the token's log-probability, or of the distribution")
-    weighting: str = one_of("binary", "sigmoid", "softmax", "linear", "exponential", "spread",
-                            help="a key mask, or weights from the scores")
+    weighting: str = option("binary", "of attribution.WEIGHTS: a key mask, or soft weights")
     pool: str = one_of("group", "response", help="tokens that compete for the top r")
     ties: str = one_of("exact", "threshold", help="ceil(r n) tokens, or all from a quantile up")
     # GRPO
@@ -68,15 +71,21 @@ class Options:
     max_new_tokens: int = option(768, "longest completion")
     beta: float = option(0.04, "weight of the KL to the starting checkpoint; 0 loads none")
     clip: float = option(0.2, "of the probability ratio")
-    normalize: str = one_of("length", "selected", help="what divides a completion's sum")
+    clip_high: float = option(0.0, "of ratios above 1; 0: the same (DAPO: 0.28)")
+    updates: int = option(1, "per rollout; from the second on the clip may bind")
+    normalize: str = one_of("length", "selected", "tokens", "constant", help="divides the sums")
+    advantage: str = option("group", "of attribution.ADVANTAGES")
+    penalty: str = option("none", "of attribution.PENALTIES: a further term of the loss")
+    bonus: str = option("none", "of attribution.BONUSES: a further reward")
     kl_on: str = one_of("selected", "all", help="tokens that bear the KL")
+    kl_estimator: str = one_of("k3", "k1", "k2", help="of the KL, Schulman's names")
+    filter: str = one_of("none", "accuracy", "reward", help="groups alike in it bear no loss")
+    mask_cut: bool = option(False, "completions cut at the limit bear no loss")
     format_pattern: str = one_of("strict", "released", help="of the format reward")
     length_of: str = one_of("response", "selected", help="what the length bonus counts")
     length_low: int = option(320, "shortest completion that earns the length bonus")
     length_high: int = option(512, "longest completion that earns it")
     length_bonus: float = option(0.2, "the bonus")
-    ordered_bonus: float = option(0.0, "T-GRPO: for right answers where order helps (there: 0.3)")
-    ordered_factor: float = option(1.0, "T-GRPO: .. if accuracy >= this x that on shuffled frames")
     # optimisation
     lr: float = option(2e-6, "peak learning rate, one value for every variant")
     warmup_steps: int = option(0, "steps of linear warm-up before the cosine")
@@ -117,27 +126,40 @@ class Options:
 ALLOWED = {         # what values may be: (whether one is, the options that it holds for)
     "above 0": (lambda x: x > 0, "temperature clip lr max_grad_norm sample_fps max_pixels "
                                  "image_pixels"),
-    "0 or more": (lambda x: x >= 0, "top_k beta length_low length_high length_bonus ordered_bonus "
-                                    "ordered_factor warmup_steps weight_decay max_steps workers "
-                                    "save_every sample_every"),
-    "1 or more": (lambda x: x >= 1, "max_new_tokens epochs prompts_per_step max_prompt keep"),
+    "0 or more": (lambda x: x >= 0, "top_k beta clip_high length_low length_high length_bonus "
+                                    "warmup_steps weight_decay max_steps workers save_every "
+                                    "sample_every"),
+    "1 or more": (lambda x: x >= 1, "max_new_tokens updates epochs prompts_per_step max_prompt "
+                                    "keep"),
     "2 or more": (lambda x: x >= 2, "G max_frames"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "ratio"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
 }
 
 
+def load_rule(file: str) -> list[str]:
+    """Run a file, which registers its rules; the words of its OPTIONS. SystemExit without it."""
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise SystemExit(f"error: --rule {file}: no such Python file")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    rule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rule)
+    return shlex.split(getattr(rule, "OPTIONS", ""))
+
+
 def parse(arguments: list[str] | None = None) -> Options:
-    """Options from the command line: the preset's values first, then what is given explicitly.
+    """Options from the command line: the preset's values, then the rules', then what is given.
 
     An unknown option, or a value that is not allowed, ends the program with one line (exit code 2).
     """
     parser = HfArgumentParser(
         Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
         usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
-    preset = parser.parse_known_args(arguments)[0].preset
-    parser.set_defaults(**PRESETS[preset])
-    o = Options(**vars(parser.parse_args(arguments)))
+    given = sys.argv[1:] if arguments is None else arguments
+    first = parser.parse_known_args(given)[0]
+    parser.set_defaults(**PRESETS[first.preset])
+    of_rules = [word for file in first.rule for word in load_rule(file)]
+    o = Options(**vars(parser.parse_args([*of_rules, *given])))
     for what, (allowed, names) in ALLOWED.items():
         for name in names.split():
             value = getattr(o, name)

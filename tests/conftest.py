@@ -12,10 +12,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)        # tiny models: two threads mostly wait for each other
 if not torch.cuda.is_available():
-    collect_ignore_glob = ["gpu/*"]       # bash test.sh --gpu
+    collect_ignore_glob = ["gpu/*"]         # bash test.sh --gpu
 
+import attribution  # noqa: E402
 import policy  # noqa: E402
 from lab import cold_start, toy  # noqa: E402
 from prompt import patches  # noqa: E402
@@ -46,6 +47,16 @@ def tiny(checkpoint_folder):
 def plain(checkpoint_folder):
     """The same weights in an untouched transformers model."""
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint_folder).eval()
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test registers is gone after it."""
+    before = {name: dict(registry) for name, registry in attribution.SEAMS.items()}
+    yield
+    for name, registry in attribution.SEAMS.items():
+        registry.clear()
+        registry.update(before[name])
 
 
 @pytest.fixture(scope="session")

@@ -27,17 +27,17 @@ FAULTS = {"abort": abort, "endless": endless, "wrong": wrong,
 
 
 class Faulty:
-    """[index] -> (index, the process' id), but for the faults {index: name}."""
+    """[index] -> (index, the process' id, `size` bytes), but for the faults {index: name}."""
 
-    def __init__(self, faults, folder=None):
-        self.faults, self.folder = faults, folder
+    def __init__(self, faults, folder=None, size=0):
+        self.faults, self.folder, self.size = faults, folder, size
 
     def __getitem__(self, index):
         if self.folder:
             (self.folder / f"{index}").write_text(str(os.getpid()))
         if index in self.faults:
             FAULTS[self.faults[index]](index)
-        return index, os.getpid()
+        return index, os.getpid(), bytes(self.size)
 
     def lost(self, index, reason):
-        return index, reason
+        return index, reason, b""

@@ -1,4 +1,4 @@
-"""The paper's other options and the baselines' parts: by hand, and against plain references."""
+"""The paper's other options: by hand, and against plain references."""
 
 import math
 
@@ -9,9 +9,8 @@ from conftest import plain_inputs
 
 import ablations
 import ktr
-from ablations import (DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, blocks, distribution_shift,
-                       ordered_bonus, soften)
-from attribution import SIGNALS, Rollout, attribute
+from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, blocks, distribution_shift, soften
+from attribution import Rollout, attribute
 from policy import Group, predicting_states, sample, score
 from run.options import Options
 
@@ -206,7 +205,6 @@ Z = [(x - 2.5) / math.sqrt(1.25) for x in (1, 2, 3, 4)]     # mean 2.5, variance
 @pytest.mark.parametrize("weighting, want", {
     "linear": [0, 1 / 3, 2 / 3, 1],
     "exponential": [math.exp(-1), math.exp(-2 / 3), math.exp(-1 / 3), 1],
-    "spread": [1, 1 + 0.7 / 3, 1 + 1.4 / 3, 1.7],
     "sigmoid": [1 / (1 + math.exp(-z)) for z in Z],                     # 0.207 0.390 0.610 0.793
     "softmax": [4 * math.exp(z) / sum(map(math.exp, Z)) for z in Z],    # their mean is 1
 }.items())
@@ -218,7 +216,7 @@ def test_weightings_by_hand(weighting, want):
 
 
 def test_every_weighting_is_tried_and_equal_scores_are_no_division_by_zero():
-    equal = {"linear": 0, "exponential": math.exp(-1), "spread": 1, "sigmoid": 0.5, "softmax": 1}
+    equal = {"linear": 0, "exponential": math.exp(-1), "sigmoid": 0.5, "softmax": 1}
     assert set(equal) == set(WEIGHTINGS)
     for weighting, value in equal.items():
         weights = WEIGHTINGS[weighting](torch.full((2, 3), 5.0), VALID)
@@ -243,54 +241,7 @@ def test_weights_take_the_place_of_the_mask(tiny, prompts):
     assert r.chosen["entropy"].tolist() == [[False, False], [False, True]]      # still logged
 
 
-# ------------------------------------------------------------------------------------------- spread
-def spread_by_loops(states, head, valid):
-    """sum_v (e^d - d - 1) averaged over the group, d = mean log-probability - log-probability
-    within +-11."""
-    G, T, V = *valid.shape, len(head)
-    values = []
-    for t in range(T):
-        rows = []
-        for g in range(G):
-            logp = F.linear(states[g, t], head).log_softmax(-1).tolist()
-            rows.append(logp if valid[g, t] else [-math.log(V)] * V)
-        total = 0.0
-        for g in range(G):
-            for v in range(V):
-                mean = sum(row[v] for row in rows) / G
-                d = max(-11.0, min(11.0, mean - rows[g][v]))
-                total += math.exp(d) - d - 1
-        values.append(total / G)
-    return values
-
-
-@pytest.mark.parametrize("size", [1.0, 25.0])                   # with 25 some differences exceed 11
-def test_spread_equals_plain_loops(prompts, size):
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(3, 18, 4, generator=generator, dtype=torch.float64)
-    head = size * torch.randn(7, 4, generator=generator).double()
-    valid = torch.arange(18) < torch.tensor([[18], [5], [17]])  # more than one chunk of 16
-    r = Rollout(prompts[0], Group(torch.zeros(3, 18).long(), valid), 0)
-    r.states = lambda: (states, head)
-    scores, want = SIGNALS["spread"](r, Options()), spread_by_loops(states, head, valid)
-    assert scores.shape == (3, 18)
-    assert all(torch.allclose(row, torch.tensor(want), rtol=1e-3, atol=1e-5) for row in scores)
-    same = Rollout(prompts[0], Group(torch.zeros(3, 18).long(), torch.ones_like(valid)), 0)
-    same.states = lambda: (states[:1].expand(3, -1, -1), head)
-    assert SIGNALS["spread"](same, Options()).abs().max() < 1e-4    # all predict the same
-
-
-def test_spread_is_given_the_states_that_predict(tiny, prompts):
-    model = tiny[0]
-    (group,) = sample(model, prompts[:1], 4, 12, seeds=[3], ends=[2, 20, 30, 40])
-    r = Rollout(prompts[0], group, 0)
-    r.logp, r.entropy = (x.detach() for x in score(model, prompts[0], group))
-    attribute([r], Options(signals=["spread"]), model)
-    states, head = predicting_states(model, prompts[0], group)
-    want = spread_by_loops(states, head, group.valid)
-    assert r.scores["spread"][0].tolist() == pytest.approx(want, rel=1e-3, abs=1e-4)
-
-
+# ------------------------------------------------------------------------------------------ states
 def test_predicting_states_are_those_of_the_scores(tiny, prompts):
     model, processor = tiny
     (group,) = sample(model, prompts[:1], 4, 12, seeds=[3], ends=[2, 20, 30, 40])
@@ -302,64 +253,13 @@ def test_predicting_states_are_those_of_the_scores(tiny, prompts):
     assert not states.requires_grad and (states[~group.valid] == 0).all()
 
 
-# -------------------------------------------------------------------------------------------- order
-@pytest.mark.parametrize("factor, helped", [
-    (1.0, [True, False, True]), (0.8, [True, True, True]), (2.5, [False, False, False])])
-def test_the_bonus_goes_to_correct_completions_where_order_helps(prompts, monkeypatch, factor,
-                                                                 helped):
-    ordered = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0.4, 0], [0.5, 0, 0, 0.1]])  # 0.5, 0.6, 0.15
-    blind = torch.tensor([[1.0, 0.0], [0.75, 0.75], [0.15, 0.15]])      # 0.5, 0.75, 0.15 (a tie)
-    asked, answers = [], iter(blind)
-
-    def sampled(model, shown, G, limit, *, temperature, top_p, top_k, seeds):
-        asked.append((shown, G, limit, temperature, top_p, top_k, seeds))
-        return [Group(torch.zeros(G, 1), torch.ones(G, 1)) for _ in shown]
-
-    monkeypatch.setattr(ablations, "sample", sampled)
-    o = Options(G=4, ordered_bonus=0.3, ordered_factor=factor, max_new_tokens=9, temperature=0.7,
-                top_p=0.9, top_k=5)
-    clips, image = prompts[:3], prompts[3]
-    still = clips[0].showing(clips[0].frames[:1])               # one frame has no order either
-    shown = [clips[0], image, clips[1], still, clips[2]]
-    accuracies = [ordered[0], torch.ones(4), ordered[1], torch.ones(4), ordered[2]]
-    rollouts = []
-    for i, (prompt, accuracy) in enumerate(zip(shown, accuracies)):
-        rollouts.append(rollout(prompt, seed=10 * i))
-        rollouts[-1].accuracy = accuracy
-    got = ordered_bonus(rollouts, o, None, lambda group, record: (next(answers), torch.ones(2)))
-
-    correct = torch.tensor([[1.0, 1, 0, 0], [1.0, 1, 1, 0], [1.0, 0, 0, 0]])    # more than 0.1
-    want = [torch.zeros(4) for _ in shown]
-    for i, clip in enumerate((0, 2, 4)):
-        want[clip] = 0.3 * correct[i] * helped[i]
-    assert len(got) == 5 and all(torch.allclose(a, b) for a, b in zip(got, want))
-    (seen, G, *settings, seeds), = asked        # all clips together, half as many completions
-    assert G == 2 and settings == [9, 0.7, 0.9, 5]
-    assert seeds == [1, 21, 41]                 # not the random numbers of the ordered group
-    for prompt, clip in zip(seen, clips, strict=True):
-        assert not torch.equal(prompt.frames, clip.frames) and torch.equal(prompt.ids, clip.ids)
-        frames = [sorted(map(str, x.frames.tolist())) for x in (prompt, clip)]
-        assert frames[0] == frames[1]           # the same frames
-
-
-def test_no_bonus_unless_asked_for_and_none_for_images(prompts, monkeypatch):
-    def never(*_, **__):
-        pytest.fail("nothing has to be sampled")
-
-    monkeypatch.setattr(ablations, "sample", never)
-    for prompt, bonus in ((prompts[0], 0.0), (prompts[3], 0.3)):
-        r = rollout(prompt)
-        r.accuracy = torch.ones(4)
-        (none,) = ordered_bonus([r], Options(G=4, ordered_bonus=bonus), None, never)
-        assert none.tolist() == [0, 0, 0, 0]
-
-
+# ------------------------------------------------------------------------------------------ rewards
 def test_the_bonus_is_part_of_the_reward(prompts):
     o = Options(G=3, length_low=2, length_high=3)
     valid = torch.arange(4) < torch.tensor([[3], [4], [2]])
     r = Rollout(prompts[0], Group(torch.zeros(3, 4), valid), 0)
     r.accuracy, r.format = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
-    r.ordered, r.key_mask = torch.tensor([0.3, 0.3, 0.0]), torch.ones(3, 4)
+    r.extra, r.key_mask = torch.tensor([0.3, 0.3, 0.0]), torch.ones(3, 4)
     ktr.reward(o, r)
     # 1 + 1 + 0.2 + 0.3; 1 + 0.3, too long; 1
     assert r.rewards.tolist() == pytest.approx([2.5, 1.3, 1.0])
@@ -377,7 +277,7 @@ def test_the_length_bonus_may_count_selected_tokens(prompts):
     for what in ("response", "selected"):
         o = Options(G=2, length_low=2, length_high=3, length_of=what)
         r = Rollout(prompts[0], Group(torch.zeros(2, 4), valid), 0)
-        r.accuracy, r.format, r.ordered = torch.ones(2), torch.zeros(2), torch.zeros(2)
+        r.accuracy, r.format, r.extra = torch.ones(2), torch.zeros(2), torch.zeros(2)
         r.key_mask = key
         ktr.reward(o, r)
         earned.append(r.bonus.tolist())

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from engine import blank
+from engine.families import family_of
 from lab import toy
 
-# weights of the language models, head included, as Qwen2.5's technical reports and model cards give them
-# (3.09B, 7.61B, 32.8B), and billions of the whole as the hub shows them
-TEXT = {"3b": 3_085_938_688, "7b": 7_615_616_512, "32b": 32_763_876_352}
-WHOLE = {"3b": 3.75, "7b": 8.29, "32b": 33.5}
+# weights of the language models, head included, as technical reports and model cards give them
+# (Qwen2.5 3.09B, 7.61B, 32.8B; Qwen3 1.7B, 4.0B, 8.2B), and billions of the whole as on the hub
+TEXT = {"3b": 3_085_938_688, "7b": 7_615_616_512, "32b": 32_763_876_352,
+        "qwen2-7b": 7_615_616_512, "qwen3-2b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+        "qwen3-8b": 8_190_735_360}
+WHOLE = {"3b": 3.75, "7b": 8.29, "32b": 33.5, "qwen2-7b": 8.29, "qwen3-2b": 2.13,
+         "qwen3-4b": 4.44, "qwen3-8b": 8.77}
+TIED = ("3b", "qwen3-2b", "qwen3-4b")
 
 
 @pytest.mark.parametrize("size", blank.SIZES)
@@ -18,11 +22,11 @@ def test_architectures_have_the_published_size(size):
     tokenizer = blank.tokenizer()
     config = blank.config(f"random:{size}", tokenizer)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model = family_of(config).model._from_config(config, dtype=torch.bfloat16)
     weights, seeing = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.visual))
     assert weights - seeing == TEXT[size]
     assert weights / 1e9 == pytest.approx(WHOLE[size], rel=0.002)
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (size == "3b")
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (size in TIED)
     special = [config.video_token_id, config.text_config.eos_token_id]
     assert tokenizer.convert_ids_to_tokens(special) == ["<|video_pad|>", "<|im_end|>"]
 

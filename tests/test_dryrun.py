@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from data import Limits, load_media, read_records, read_video
-from lab.dryrun import make_clips, table
+from lab.dryrun import make_clips, memory_parts, table
 from prompt import Processor
 
 
@@ -48,11 +48,17 @@ def test_the_table_by_hand(tmp_path, capsys):
 
 
 def test_the_table_of_one_step_and_its_memory(tmp_path, capsys):
-    row = {"step": 1, "prompts": 4.0, "seconds": 90.0}
+    """The 7B has 8,292,166,656 weights: 15.4 GiB at 2 bytes, 92.7 at 12, a fourth of that by rank.
+    """
+    row = {"step": 1, "prompts": 8.0, "seconds": 90.0, "memory_gib": 75.0}
     (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
-    options = {"model": "random:7b", "G": 8, "max_new_tokens": 768, "max_frames": 16}
+    options = {"model": "random:7b", "G": 8, "max_new_tokens": 768, "max_frames": 16,
+               "dtype": "bfloat16", "prompts_per_step": 2, "beta": 0.04, "offload": False}
     (tmp_path / "options.json").write_text(json.dumps(options))
-    (tmp_path / "memory.json").write_text(json.dumps({"weights": 15.45, "peak": 70.0}))
     got = table(tmp_path, epoch=100)
-    assert got["seconds"]["seconds"] == 90 and got["memory_gib"]["peak"] == 70
-    assert "GiB on one GPU: weights 15.4, peak 70.0" in capsys.readouterr().out
+    assert got["seconds"]["seconds"] == 90 and got["memory_gib"]["peak"] == 75
+    printed = capsys.readouterr().out
+    assert "GiB on one GPU: weights 15.4, gradients 15.4, reference 15.4, optimizer 23.2" in printed
+    assert "activations 5.5, peak 75.0" in printed
+    kept = {**options, "offload": True, "beta": 0}
+    assert memory_parts(kept, 8, 40.0)["activations"] == pytest.approx(40 - 30.89, abs=0.01)

@@ -15,14 +15,16 @@ from conftest import ROOT, plain_inputs
 
 import evaluate
 from engine.decoding import vision_tokens
-from evaluate import from_holmes, locate, main, parse, read_questions, worded
+from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, parse, part_of, published,
+                      read_predictions, read_questions, report, summarise, wilson, worded)
 from lab import toy
+from lab.holmes import converted
 from prompt import QUESTION_EVAL, question_text
-from scores import (BENCHMARKS, FACTS, PROTOCOLS, benchmark_of, compare, part_of, published,
-                    read_predictions, report, summarise, wilson)
+from rewards import grade
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
 PAPER = SHARED.parent / "facts"
+NEEDED = ["--model", "m", "--benchmark", "mmvu", "--data", "d"]
 QUICK = ["--max_new_tokens", "8", "--dtype", "float32", "--workers", "0", "--batch", "7"]
 
 
@@ -57,8 +59,11 @@ def test_wilson_by_hand():
 def row(output=None, solution="B", kind="multiple choice", **more):
     base = {"solution": f"<answer>{solution}</answer>", "problem_type": kind,
             "options": ["A. x", "B. y"], "row": 0, "path": "p"}
-    said = {"unreadable": "no file"} if output is None else {"output": output}
-    return base | said | more
+    row = base | more
+    if output is None:
+        return row | {"unreadable": "no file"}
+    graded = grade(output, row["solution"], row["problem_type"], row["options"])
+    return row | {"output": output, "grade": graded}
 
 
 RIGHT, WRONG = "<answer>B</answer>", "<answer>A</answer>"
@@ -85,9 +90,6 @@ def test_usual_splits():
     table = report(rows, "videomme", {})
     assert table["length: short"]["strict"] == 0.5
     assert table["length: long"]["n"] == 1 and table["domain: Knowledge"]["n"] == 3
-    track = BENCHMARKS["videommmu"]["splits"]["track"]
-    parts = [part_of({"row": i}, track) for i in (0, 299, 300, 600, 899, 900)]
-    assert parts == ["adaptation"] * 2 + ["comprehension", "perception", "perception", None]
     discipline = BENCHMARKS["mmvu"]["splits"]["discipline"]
     assert part_of({"path": "./E/MMVU/videos/Chemistry/0.mp4"}, discipline) == "Science"
     assert part_of({"path": "Law/3.mp4"}, discipline) == "Humanities & Social Science"
@@ -98,16 +100,6 @@ def test_usual_splits():
     assert report(sizes, "vsibench", {})["type: object_size"]["strict"] == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("name, benchmark", [
-    ("eval_videomme.json", "videomme"), ("Video-Holmes/test_Video-Holmes.json", "video-holmes"),
-    ("eval_mmvu.json", "mmvu"), ("eval_videommmu.json", "videommmu"),
-    ("eval_vsibench.json", "vsibench"), ("eval_tempcompass.json", "tempcompass"),
-    ("eval_mvbench.json", "mvbench"), ("toy_world/test.json", "custom"),
-])
-def test_benchmark_of(name, benchmark):
-    assert benchmark_of(name) == benchmark
-
-
 # ---------------------------------------------------------------------------------------- published
 def settings_of(protocol, benchmark, **more):
     return {"protocol": protocol, "benchmark": benchmark, **PROTOCOLS[protocol]["options"], **more}
@@ -115,9 +107,8 @@ def settings_of(protocol, benchmark, **more):
 
 def test_figures_are_for_this_benchmark_protocol_and_frames_only(capsys):
     ours = settings_of("video-ktr", "videomme", frames=32)
-    line = published("videomme", ours)
-    assert "cold start (Qwen2.5-VL-SFT 7B) 55.4, Video-KTR 7B 60.3" in line
-    assert "Qwen2.5-VL 7B not known" in line and "65.1" not in line
+    assert published("videomme", ours) == {
+        "cold start (Qwen2.5-VL-SFT 7B)": 55.4, "Video-KTR 7B": 60.3}
     for settings, benchmark in [
             ({}, "videomme"),                                           # a foreign file
             (ours, "mmvu"),                                             # another benchmark
@@ -128,7 +119,7 @@ def test_figures_are_for_this_benchmark_protocol_and_frames_only(capsys):
             (settings_of("video-ktr", "mvbench", frames=32), "mvbench")]:       # not in the table
         report([row(RIGHT)], benchmark, settings)
         printed = capsys.readouterr().out
-        assert "published" in printed
+        assert "published figures: none" in printed
         for figure in ("55.4", "60.3", "63.5", "65.9", "52.8", "58.8", "65.1"):
             assert figure not in printed, (settings, benchmark)
 
@@ -136,7 +127,7 @@ def test_figures_are_for_this_benchmark_protocol_and_frames_only(capsys):
 def test_the_protocol_is_printed_with_every_result(capsys):
     report([row(RIGHT)], "mmvu", settings_of("direct", "mmvu", frames=64))
     printed = capsys.readouterr().out
-    assert "protocol direct, which counts the lenient score: frames 64, fps 2.0" in printed
+    assert "protocol direct" in printed and "frames 64, fps 2.0" in printed
     assert "max_new_tokens 16, temperature 0.0, top_p 1.0, seconds true" in printed
     assert "1 questions; the whole benchmark has 625" in printed
 
@@ -147,14 +138,12 @@ def test_figures_and_sizes_are_those_of_the_paper():
     paper = json.loads((PAPER / "paper_results.json").read_text())
     sizes = {name: b["size"] for name, b in BENCHMARKS.items() if b["size"]}
     assert sizes == paper["benchmark_sizes"]
-    main_table = paper["main"]
-    measured = [r for r in FACTS["published"] if r["protocol"] == "video-ktr"]
-    assert len(measured) == 6
-    for r in measured:
-        figures = main_table[r["model"]][str(r["frames"])]
-        assert r["accuracy"] == dict(zip(main_table["columns"], figures)), r
-    for r in FACTS["published"]:
-        assert r["source"] in FACTS["sources"]
+    main_table, columns = paper["main"], paper["main"]["columns"]
+    for frames, figures in PROTOCOLS["video-ktr"]["published"].items():
+        for model in ("cold start (Qwen2.5-VL-SFT 7B)", "Video-KTR 7B"):
+            ours = [figures[benchmark][model] for benchmark in columns]
+            assert ours == main_table[model][frames], (model, frames)
+    assert PROTOCOLS["video-ktr"]["published"].keys() == {"16", "32", "64"}
     prompts = json.loads((PAPER / "prompts.json").read_text())
     assert FACTS["prompts"]["video-holmes"]["text"] == prompts["video_holmes"]
     assert QUESTION_EVAL == prompts["question_eval"]
@@ -162,17 +151,17 @@ def test_figures_and_sizes_are_those_of_the_paper():
 
 # -------------------------------------------------------------------------------------------- lists
 @pytest.mark.parametrize("name, rows, clips", [
-    ("eval_mmvu.json", 625, 379), ("eval_videommmu.json", 900, 300),
-    ("eval_videomme.json", 2700, 900)])
+    ("mmvu", 625, 379), ("videommmu", 900, 300), ("videomme", 2700, 900)])
 def test_real_lists_load_whole(name, rows, clips):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not here; BENCHMARK_LISTS names the folder that holds it")
-    records = read_questions(str(SHARED / name))
+    path = SHARED / f"eval_{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here; BENCHMARK_LISTS names the folder that holds it")
+    records = read_questions(path, "video-ktr", name)
     assert len(records) == rows and len({record["path"] for record in records}) == clips
-    for split in BENCHMARKS[benchmark_of(name)]["splits"].values():
+    for split in BENCHMARKS[name]["splits"].values():
         assert all(part_of(record, split) is not None for record in records)
     for record in records:
-        text = question_text(worded(record, "direct", benchmark_of(name)))
+        text = question_text(worded(record, "direct", name))
         end = "directly." if record["options"] else "word or phrase."
         assert text.endswith(end) and "<think>" not in text
 
@@ -182,25 +171,21 @@ HOLMES_ROW = {"video ID": "v1", "Question ID": 3, "Question Type": "MHR", "Quest
 
 
 def test_holmes_own_annotations(tmp_path):
-    path = tmp_path / "test_Video-Holmes.json"
-    path.write_text(json.dumps([HOLMES_ROW, {**HOLMES_ROW, "video ID": "v2"}]))
-    first, second = read_questions(str(path))
+    given, path = tmp_path / "test_Video-Holmes.json", tmp_path / "list.json"
+    given.write_text(json.dumps([HOLMES_ROW, {**HOLMES_ROW, "video ID": "v2"}]))
+    command = [sys.executable, "-m", "lab.holmes", str(given), str(path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    first, second = read_questions(path, "video-r1", "video-holmes")
     assert (first["problem_id"], second["problem_id"]) == ("v1/3", "v2/3")
     assert first["solution"] == RIGHT and first["options"] == ["A. x", "B. y"]
-    assert from_holmes(HOLMES_ROW)["Question Type"] == "MHR"
-    for folder, clip in (("videos", "v1.mp4"), ("videos_cropped", "v2.mp4")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / clip).write_bytes(b"")
-    found, _ = locate([first["path"], second["path"]], str(tmp_path))
-    assert found == {"v1.mp4": "videos/v1.mp4", "v2.mp4": "videos_cropped/v2.mp4"}
+    assert (first["path"], first["Question Type"]) == ("v1.mp4", "MHR")
 
 
 def test_the_words_of_each_protocol():
-    record = from_holmes(HOLMES_ROW)
+    record = converted(HOLMES_ROW)
     own = question_text(worded(record, "video-ktr", "video-holmes"))
     assert own.startswith("Based on the given video, reason and answer the single-choice question.")
     assert own.endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
-    assert question_text(worded(record, "video-ktr", "custom")) == own      # a renamed list
     listed = {key: record[key] for key in ("problem", "problem_type", "options")}
     assert question_text(worded(listed, "video-ktr", "video-holmes")) == own
     usual = question_text(listed, QUESTION_EVAL)
@@ -217,84 +202,37 @@ def test_the_words_of_each_protocol():
         "How many?\nAnswer the question using a single word or phrase.")
 
 
-def make(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
-
-
-@pytest.mark.parametrize("path", ["./Evaluation/MMVU/videos/Art/1.mp4", "MMVU/videos/Art/1.mp4",
-                                  "./videos/Art/1.mp4", "Art/1.mp4"])
-def test_locate_tries_the_folders_of_releases(tmp_path, path):
-    make(tmp_path, "videos/Art/1.mp4")
-    assert locate([path], str(tmp_path)) == ({path: "videos/Art/1.mp4"}, {})
-    assert locate(["./Evaluation/MMVU/videos/Art/2.mp4"], str(tmp_path)) == ({}, {})
-
-
-def test_locate_never_takes_another_clip_of_the_same_name(tmp_path):
-    """The old fallback to the bare name gave Art's clip to the questions about Law's."""
-    make(tmp_path, "1.mp4", "2.mp4", "Law/3.mp4", "3.mp4")
-    paths = ["./E/Art/1.mp4", "./E/Law/1.mp4", "./E/Art/2.mp4", "E/Art/2.mp4", "./E/Law/3.mp4",
-             "./E/Art/3.mp4", "3.mp4"]
-    found, ambiguous = locate(paths, str(tmp_path))
-    assert found == {"./E/Art/2.mp4": "2.mp4", "E/Art/2.mp4": "2.mp4",   # two spellings, one clip
-                     "./E/Law/3.mp4": "Law/3.mp4", "3.mp4": "3.mp4"}
-    assert ambiguous == {"./E/Art/1.mp4": "1.mp4", "./E/Law/1.mp4": "1.mp4",
-                         "./E/Art/3.mp4": "3.mp4"}
-    flat = locate(["a/x/1.mp4", "b/x/1.mp4"], str(tmp_path))[1]
-    make(tmp_path, "x/1.mp4")
-    assert flat == {"a/x/1.mp4": "1.mp4", "b/x/1.mp4": "1.mp4"}
-    found, ambiguous = locate(["a/x/1.mp4", "b/x/1.mp4"], str(tmp_path))
-    assert found == {} and set(ambiguous.values()) == {"x/1.mp4"}           # a shared folder too
-
-
-def test_locate_on_a_real_list(tmp_path):
-    """379 clips kept flat: the 34 names that several folders share are refused, the rest found."""
-    if not (SHARED / "eval_mmvu.json").exists():
-        pytest.skip(f"{SHARED} is not here")
-    paths = sorted({record["path"] for record in read_questions(str(SHARED / "eval_mmvu.json"))})
-    make(tmp_path / "flat", *{Path(path).name for path in paths})
-    found, ambiguous = locate(paths, str(tmp_path / "flat"))
-    names = [Path(path).name for path in ambiguous]
-    assert len(set(names)) == 34 and len(found) + len(ambiguous) == 379
-    assert len(set(found.values())) == len(found)
-    make(tmp_path / "kept", *[path.removeprefix("./Evaluation/MMVU/") for path in paths])
-    found, ambiguous = locate(paths, str(tmp_path / "kept"))
-    assert len(set(found.values())) == 379 and not ambiguous
-
-
 def test_a_malformed_benchmark_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"problem": "x"}]))
     with pytest.raises(ValueError, match="row 0"):
-        read_questions(str(path))
+        read_questions(path, "video-ktr", "custom")
 
 
 # ------------------------------------------------------------------------------------------ options
 def test_a_protocol_sets_defaults_and_an_option_wins():
-    usual = parse(["--model", "m", "--data", "d"])
+    usual = parse(NEEDED)
     assert (usual.protocol, usual.frames, usual.temperature) == ("video-ktr", 16, 0.0)
     assert (usual.max_new_tokens, usual.max_pixels, usual.seconds) == (1024, 256 * 28 * 28, "one")
-    authors = parse(["--model", "m", "--data", "d", "--protocol", "video-r1", "--frames", "32"])
+    authors = parse([*NEEDED, "--protocol", "video-r1", "--frames", "32"])
     assert (authors.temperature, authors.top_p, authors.frames) == (0.1, 0.001, 32)
-    direct = parse(["--model", "m", "--data", "d", "--direct", "--seconds", "one"])
+    direct = parse([*NEEDED, "--direct", "--seconds", "one"])
     assert (direct.protocol, direct.max_new_tokens, direct.seconds) == ("direct", 16, "one")
-    assert direct == parse(["--model", "m", "--data", "d", "--protocol", "direct",
+    assert direct == parse([*NEEDED, "--protocol", "direct",
                             "--seconds", "one"])
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--direct", "--protocol", "video-r1"], "not allowed with"),
     (["--rescore", "f", "--frames", "32"], "--frames is what the file says"),
     (["--rescore", "f", "--direct"], "--protocol is what the file says"),
     (["--frames", "0"], "at least 2 frames"), (["--fps", "0"], "fps above 0"),
     (["--temperature", "-1"], "temperature >= 0"), (["--top_p", "0"], "0 < top_p <= 1"),
     (["--seconds", "two"], "seconds one or true"), (["--protocol", "mine"], "invalid choice"),
-    (["--frame", "8"], "unrecognized"),
+    (["--frame", "8"], "unrecognized"), (["--data", ""], "--data and --benchmark"),
 ])
 def test_options_that_cannot_be_meant(more, message, capsys):
     with pytest.raises(SystemExit):
-        parse(["--model", "m", "--data", "d", *more])
+        parse([*NEEDED, *more])
     assert message in capsys.readouterr().err
 
 
@@ -315,7 +253,7 @@ def test_every_answer_is_kept_with_its_settings(whole, world):
 def test_answers_are_those_of_generate(whole, tiny, plain, world):
     _, *rows = rows_of(whole[0])
     processor = tiny[1]
-    limits = evaluate.limits_of(parse(["--model", "m", "--data", "d"]))
+    limits = evaluate.Limits(16, 2.0, 256 * 28 * 28)
     quiet = dict(max_new_tokens=8, do_sample=False, suppress_tokens=vision_tokens(plain.config))
     for r in rows[:6]:
         frames, seconds = evaluate.load_media(r, world, limits, processor.vision)
@@ -347,15 +285,14 @@ def test_other_settings_do_not_mix(whole, checkpoint_folder, world, change):
     assert (whole[0] / "predictions.jsonl").read_bytes() == before
 
 
-def test_other_weights_do_not_mix(checkpoint_folder, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(checkpoint_folder, other)
-    before = evaluate.fingerprint(str(other))
-    assert before == evaluate.fingerprint(str(checkpoint_folder))
-    content = bytearray((other / "model.safetensors").read_bytes())
-    content[-3] ^= 1
-    (other / "model.safetensors").write_bytes(content)
-    assert evaluate.fingerprint(str(other)) != before
+def test_other_weights_do_not_mix(whole, checkpoint_folder, world):
+    file, before = checkpoint_folder / "model.safetensors", (whole[0] / "predictions.jsonl")
+    written, answers = file.stat(), before.read_bytes()
+    os.utime(file, (1, 1))
+    with pytest.raises(SystemExit, match="other settings .weights_written"):
+        main(parse(arguments(checkpoint_folder, world, whole[0])))
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert before.read_bytes() == answers
 
 
 LATE = """
@@ -365,7 +302,7 @@ import evaluate
 def then_wait(function):
     def late(*a, **k):
         function(*a, **k)
-        time.sleep(2 * dist.get_rank())
+        time.sleep(dist.get_rank())
     return late
 
 dist.barrier = then_wait(dist.barrier)
@@ -415,52 +352,44 @@ def test_unreadable_and_missing_clips(checkpoint_folder, world, tmp_path):
     data = tmp_path / "some.json"
     data.write_text(json.dumps(rows))
     command = [*arguments(checkpoint_folder, world, tmp_path / "out"), "--data", str(data)]
-    with pytest.raises(SystemExit, match="1 of 6 clips are not under .*none.y4m"):
-        main(parse(command))
+    with pytest.raises(SystemExit, match="holds none of the clips"):
+        main(parse([*command, "--videos", str(tmp_path)]))
     assert not (tmp_path / "out").exists()                  # said before anything is made or loaded
-    table = main(parse([*command, "--allow_missing"]))
+    table = main(parse(command))
     assert (table["all"]["n"], table["all"]["unreadable"]) == (4, 2)
     frames = toy.render(toy.new_scene(random.Random(0), "video"))
     toy.write_y4m(world / "test" / "bad.y4m", frames)       # repaired: a rerun answers it
-    table = main(parse([*command, "--allow_missing"]))
+    table = main(parse(command))
     assert (table["all"]["n"], table["all"]["unreadable"]) == (5, 1)
 
 
-def test_an_ambiguous_clip_is_named(checkpoint_folder, world, tmp_path):
-    rows = json.loads((world / "test.json").read_text())[:2]
-    name = Path(rows[0]["path"]).name
-    shutil.copy(world / rows[0]["path"], tmp_path / name)
-    rows[0]["path"], rows[1]["path"] = f"./a/{name}", f"./b/{name}"
-    data = tmp_path / "some.json"
-    data.write_text(json.dumps(rows))
-    command = [*arguments(checkpoint_folder, tmp_path, tmp_path / "out"), "--data", str(data)]
-    with pytest.raises(SystemExit, match=f"2 in doubt.* {name} may be another clip than ./a/"):
-        main(parse(command))
-
-
 def test_a_clip_that_kills_its_decoder_costs_its_questions_only(tiny, world):
-    records = read_questions(str(world / "test.json"))[:3]
-    records[2]["path"] = records[0]["path"]
-    clips = evaluate.Clips(records, str(world), tiny[1], evaluate.Limits())
-    (_, one), (_, other) = clips[0]
-    assert len(clips) == 2 and one.frames is other.frames           # decoded once, encoded once
-    (first, why), (second, _) = clips.lost(0, "its process died")
-    assert (first, second) == (records[0], records[2])
-    assert "(row 0)" in why and records[0]["path"] in why and "its process died" in why
+    first, second = read_questions(world / "test.json", "video-ktr", "toy")[:2]
+    second["path"] = first["path"]
+    clips = evaluate.Clips([[first, second]], world, tiny[1])
+    one, other = clips[0]
+    assert one.frames is other.frames                               # decoded once, encoded once
+    lost = clips.lost(0, "its process died")
+    assert [skipped.record for skipped in lost] == [first, second]
+    assert "(row 0)" in lost[0].reason and first["path"] in lost[0].reason
+    assert "its process died" in lost[1].reason
 
 
-def test_seconds_between_temporal_patches_are_the_protocols(tiny, world, tmp_path):
-    records = read_questions(str(world / "test.json"))
+def test_seconds_between_temporal_patches_are_the_protocols(
+        checkpoint_folder, world, tmp_path, monkeypatch):
+    records = json.loads((world / "test.json").read_text())
     clip = next(record for record in records if record["data_type"] == "video")
     clip["path"] = "slow.y4m"
     frames = toy.render(toy.new_scene(random.Random(0), "video"))
     toy.write_y4m(tmp_path / "slow.y4m", frames, fps=1)     # two frames, so 2 s, to a patch
-    seconds = {}
-    for more in (["--direct"], ["--direct", "--seconds", "one"], []):
-        limits = evaluate.limits_of(parse(["--model", "m", "--data", "d", *more]))
-        [(_, prompt)] = evaluate.Clips([clip], str(tmp_path), tiny[1], limits)[0]
-        seconds[" ".join(more)] = prompt.seconds
-    assert seconds == {"--direct": 2.0, "--direct --seconds one": 1.0, "": 1.0}
+    data, seconds, original = tmp_path / "list.json", [], evaluate.sample
+    data.write_text(json.dumps([clip]))
+    monkeypatch.setattr(evaluate, "sample", lambda model, prompts, *a, **k: (
+        seconds.append(prompts[0].seconds), original(model, prompts, *a, **k))[1])
+    for i, more in enumerate((["--direct"], ["--direct", "--seconds", "one"], [])):
+        command = arguments(checkpoint_folder, tmp_path, tmp_path / str(i), *more)
+        main(parse([*command, "--data", str(data)]))
+    assert seconds == [2.0, 1.0, 1.0]
 
 
 def test_questions_about_a_clip_share_its_decoding(checkpoint_folder, world, tmp_path, monkeypatch):
@@ -476,7 +405,7 @@ def test_questions_about_a_clip_share_its_decoding(checkpoint_folder, world, tmp
 
 @pytest.mark.parametrize("more", [[], ["--direct"]])
 def test_one_question_from_the_shell(checkpoint_folder, world, capsys, more):
-    records = read_questions(str(world / "test.json"))
+    records = read_questions(world / "test.json", "video-ktr", "toy")
     kinds = {record["data_type"]: record["path"] for record in records}
     for path in kinds.values():                                     # a clip and a still image
         main(parse(["--model", str(checkpoint_folder), "--video", str(world / path),
@@ -495,27 +424,24 @@ OTHERS = [{"output": RIGHT, "solution": RIGHT, "problem_type": "multiple choice"
 
 @pytest.mark.parametrize("text", [
     json.dumps(OTHERS), "\ufeff" + json.dumps(OTHERS),
-    json.dumps({"results": OTHERS, "final_acc": []}, indent=2),
     "\n".join(json.dumps(item) for item in OTHERS)])
 def test_other_peoples_predictions(tmp_path, text, capsys):
     path = tmp_path / "eval_mmvu_theirs.json"
     path.write_text(text, "utf-8")
-    another = {"settings": settings_of("video-ktr", "mmvu")}
-    (tmp_path / "scores.json").write_text(json.dumps(another))
-    table = main(parse(["--rescore", str(path)]))
+    table = main(parse(["--rescore", str(path), "--benchmark", "mmvu"]))
     assert (table["all"]["n"], table["all"]["strict"], table["all"]["lenient"]) == (2, 0.5, 1.0)
     printed = capsys.readouterr().out                   # a stranger's file gets no figure
-    assert "the file does not say how it was made" in printed and "61.3" not in printed
+    assert "published figures: none" in printed and "61.3" not in printed
 
 
 def test_rescoring_our_own_takes_what_the_file_says(whole, tmp_path, capsys):
-    assert main(parse(["--rescore", str(whole[0] / "predictions.jsonl")])) == whole[1]
-    assert main(parse(["--rescore", str(whole[0])])) == whole[1]
-    assert "protocol video-ktr" in capsys.readouterr().out
-    shutil.copytree(whole[0], tmp_path / "copy")
-    path = tmp_path / "copy" / "predictions.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))    # without settings
+    path = whole[0] / "predictions.jsonl"
     assert main(parse(["--rescore", str(path)])) == whole[1]
+    assert "protocol video-ktr" in capsys.readouterr().out
+    bare = tmp_path / "predictions.jsonl"                               # without its settings
+    bare.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert main(parse(["--rescore", str(bare), "--benchmark", "toy"])) == whole[1]
+    assert "protocol" not in capsys.readouterr().out
 
 
 def test_rescoring_says_the_files_frames(tmp_path, capsys):
@@ -523,11 +449,12 @@ def test_rescoring_says_the_files_frames(tmp_path, capsys):
     head = {"settings": settings_of("video-ktr", "mmvu", frames=64)}
     path.write_text("".join(json.dumps(line) + "\n" for line in [head, *OTHERS]))
     main(parse(["--rescore", str(path)]))
-    assert "published at 64 frames" in (printed := capsys.readouterr().out)
-    assert "61.6" in printed and "66.6" in printed and "61.3" not in printed
+    printed = capsys.readouterr().out
+    assert "frames 64" in printed and "61.3" not in printed
+    assert "61.6" in printed and "66.6" in printed
     main(parse(["--rescore", str(path), "--benchmark", "videomme"]))
-    assert "since these are answers to mmvu" in (printed := capsys.readouterr().out)
-    assert "58.8" not in printed and "66.6" not in printed
+    printed = capsys.readouterr().out
+    assert "published figures: none" in printed and "58.8" not in printed and "66.6" not in printed
 
 
 @pytest.mark.parametrize("bad", [{"solution": RIGHT}, {"output": RIGHT}, "text", 3])
@@ -586,7 +513,7 @@ def test_only_what_both_answered_is_compared(tmp_path, capsys):
 def test_files_that_do_not_compare(tmp_path):
     a, b = two_files(tmp_path, "BB", "AB", "pq")
     Path(b).write_text(Path(b).read_text().replace("q1", "another"))
-    with pytest.raises(ValueError, match="row 1: other questions"):
+    with pytest.raises(ValueError, match="fewer than two clips that both answered"):
         compare(a, b)
     with pytest.raises(ValueError, match="fewer than two clips"):
         compare(*two_files(tmp_path, "BB", "AB", "pp"))

@@ -1,55 +1,56 @@
 """A short, seeded run of lab/fuzz.py; `python -m lab.fuzz` is the long one, also on real clips."""
 
-import random
 from collections import Counter
+from random import Random
 
+import numpy as np
 import pytest
+from conftest import ROOT
+from PIL import Image
 
-from data import loader
-from lab.fuzz import Damaged, damaged_file, damaged_record, fate_of_record, originals, refused
-
-
-def test_untidy_records_are_used_or_refused_in_one_line(tmp_path):
-    rng = random.Random(1)
-    fates = Counter(fate_of_record(damaged_record(rng), tmp_path) for _ in range(4000))
-    assert set(fates) == {"refused"}                    # the clip they name is not there
+from data import BadRecord, loader
+from lab import fuzz, toy
 
 
-def test_good_records_stay_usable_among_them(tmp_path):
-    (tmp_path / "a.y4m").write_bytes(originals(tmp_path)[".y4m"])
-    rng = random.Random(2)
-    fates = Counter(fate_of_record(damaged_record(rng), tmp_path) for _ in range(300))
-    assert 20 < fates["used"] < 200 and fates["used"] + fates["refused"] == 300
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    noise = np.random.default_rng(0).integers(0, 256, (6, 56, 84, 3), np.uint8)
+    clip, image = tmp_path / "whole.y4m", tmp_path / "whole.png"
+    toy.write_y4m(clip, noise)
+    Image.fromarray(noise[0]).convert("RGBA").save(image)
+    return fuzz.Damaged([clip, image], tmp_path, seed=3)
 
 
-def test_damaged_files_are_used_or_refused_or_lost(tmp_path):
-    """Anything else that decoding raises ends the iterator with an error."""
-    damaged = Damaged(tmp_path, originals(tmp_path), seed=3)
-    fates = Counter(loader(damaged, range(400), 1, limit=20.0, method="fork"))
-    assert sum(fates.values()) == 400 and fates["used"] > 20 and fates["refused"] > 100
-    assert all(fate in ("used", "refused") or fate.startswith("decoding") for fate in fates)
+def test_what_is_untidy_or_damaged_is_used_or_refused_in_one_line(damaged):
+    """Anything else ends the iterator with an error. Records in even places, files in odd ones."""
+    fates = list(loader(damaged, range(1600), 1, limit=20.0))
+    records, files = Counter(fates[::2]), Counter(fates[1::2])
+    assert set(records) == {"used", "refused"} and min(records.values()) > 40
+    assert files["used"] > 50 and files["refused"] > 200
+    assert all(fate in ("used", "refused") or fate.startswith("decoding") for fate in files)
 
 
-def test_the_fuzz_would_notice(tmp_path, monkeypatch, capfd):
+def test_the_fuzz_would_notice(damaged, monkeypatch):
     """An error that is not named ends it; so does a message that is not one clear line."""
-    def broken(*a):
-        raise KeyError("not caught")
+    monkeypatch.setattr("data.load_media", lambda *a: {}["not caught"])
+    with pytest.raises(KeyError, match="not caught"):
+        damaged[1]
+    for line in ("no name", "row 1: two\nlines", "row 1: " + "x" * 999):
+        monkeypatch.setattr(fuzz, "check_record", lambda row, index: refuse(line))
+        with pytest.raises(AssertionError):
+            damaged[1]
+    monkeypatch.setattr(fuzz, "check_record", lambda row, index: refuse("row 1: half \ud800"))
+    with pytest.raises(UnicodeEncodeError):
+        damaged[1]
 
-    monkeypatch.setattr("lab.fuzz.load_media", broken)
-    rng = random.Random(5)
-    with pytest.raises(KeyError):
-        for _ in range(100):
-            fate_of_record(damaged_record(rng), tmp_path)
-    with pytest.raises(AssertionError):
-        refused("row 3: two\nlines")
-    damaged = Damaged(tmp_path, originals(tmp_path), seed=3)
-    with pytest.raises(RuntimeError, match="item 0"):
-        list(loader(damaged, range(3), 1, method="fork"))
-    assert "not caught" in capfd.readouterr().err
+
+def refuse(line):
+    raise BadRecord(line)
 
 
 def test_damage_is_seeded_and_real():
     content = bytes(range(256)) * 20
-    files = [damaged_file(random.Random(seed), content) for seed in range(50)]
-    assert files == [damaged_file(random.Random(seed), content) for seed in range(50)]
+    files = [fuzz.damage(content, Random(seed)) for seed in range(50)]
+    assert files == [fuzz.damage(content, Random(seed)) for seed in range(50)]
     assert sum(file != content for file in files) > 45

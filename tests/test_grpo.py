@@ -121,6 +121,6 @@ def test_soft_weights_scale_tokens():
 def test_unknown_choices_are_errors():
     x, valid = torch.zeros(1, 1), torch.ones(1, 1).bool()
     with pytest.raises(ValueError, match="normalize"):
-        grpo_loss(x, x, None, torch.ones(1), valid, valid, normalize="tokens")
+        grpo_loss(x, x, None, torch.ones(1), valid, valid, normalize="batch")
     with pytest.raises(ValueError, match="kl_on"):
         grpo_loss(x, x, None, torch.ones(1), valid, valid, kl_on="key")

@@ -20,7 +20,7 @@ from run.logs import rows_of
 from run.options import Options, parse
 
 SMALL = ["--dtype", "float32", "--max_new_tokens", "12", "--G", "4", "--workers", "0",
-         "--lr", "1e-3", "--no_checkpointing"]
+         "--lr", "1e-3", "--no_checkpointing", "--sample_every", "1000"]
 WHOLE = ["--prompts_per_step", 2, "--max_steps", 6, "--save_every", 2, "--keep", 2,
          "--sample_every", 2]
 
@@ -297,7 +297,7 @@ def steps_in(out):
 def test_sigkill_and_resume_repeat_the_run_bit_for_bit(whole_run, run, checkpoint_folder, world,
                                                        tmp_path):
     command = ["ktr.py", *arguments(checkpoint_folder, world, tmp_path, *WHOLE)]
-    process = start(command, OMP_NUM_THREADS="2")
+    process = start(command)
     wait_for(process, lambda: steps_in(tmp_path) >= 3)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)

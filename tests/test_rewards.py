@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rewards import (accuracy_reward, extract_answer, format_reward, grade, length_bonus,
-                     lenient_choice, lenient_number, relative_accuracy, word_error_rate)
+                     lenient_choice, lenient_number, relative_accuracy, word_accuracy)
 
 
 def tagged(text):
@@ -58,10 +58,10 @@ def test_no_tags_earn_nothing_and_unknown_types_fail():
 
 
 def test_word_error_rate_by_hand():
-    assert word_error_rate("a b c", "a b c") == 0
-    assert word_error_rate("a b c d", "a x c") == 0.5           # one substitution, one deletion
-    assert word_error_rate("a", "a b c") == 2.0  # insertions can exceed the reference
-    assert word_error_rate("", "a") == 1.0
+    assert word_accuracy("a b c", "a b c") == 1
+    assert word_accuracy("a x c", "a b c d") == 0.5             # one substitution, one deletion
+    assert word_accuracy("a b c", "a") == 0                     # an error rate of 2
+    assert word_accuracy("a", "") == 0
 
 
 @pytest.mark.parametrize("text, strict, released", [
@@ -117,13 +117,13 @@ OPTIONS = ["A. Cats sleep", "B. Dogs run", "C. Fish swim", "D. a"]
     ("<answer>The correct option is B</answer>", "B"),
     ("<answer>A</answer> wait, <answer>B</answer>", "B"), ("<think>perhaps A</think>B", "B"),
     ("<think><answer>A</answer>?</think><answer>B</answer>", "B"),
-    ("<answer>Candles</answer>", None), ("<answer>a dog</answer>", None),
-    ("The answer is a dog", None),
-    ("The answer is A dog", None), ("<answer>E</answer>", None), ("<answer></answer>", None),
-    ("", None),
-    ("<answer>A and B</answer>", None), ("Because of this I think so", None),
-    ("<answer>Bees</answer>", None),
-    ("A man walks a dog", None), ("<answer>12</answer>", None), ("Band A played", None),
+    ("<answer>Candles</answer>", ""), ("<answer>a dog</answer>", ""),
+    ("The answer is a dog", ""),
+    ("The answer is A dog", ""), ("<answer>E</answer>", ""), ("<answer></answer>", ""),
+    ("", ""),
+    ("<answer>A and B</answer>", ""), ("Because of this I think so", ""),
+    ("<answer>Bees</answer>", ""),
+    ("A man walks a dog", ""), ("<answer>12</answer>", ""), ("Band A played", ""),
 ])
 def test_lenient_choice(output, letter):
     assert lenient_choice(output, OPTIONS) == letter
@@ -132,7 +132,7 @@ def test_lenient_choice(output, letter):
 def test_lenient_choice_without_options_or_with_repeated_ones():
     assert lenient_choice("<answer>(g)</answer>", []) == "G"
     # the text does not decide
-    assert lenient_choice("<answer>same</answer>", ["A. same", "B. same"]) is None
+    assert lenient_choice("<answer>same</answer>", ["A. same", "B. same"]) == ""
 
 
 @pytest.mark.parametrize("output, number", [
@@ -141,19 +141,20 @@ def test_lenient_choice_without_options_or_with_repeated_ones():
     ("<answer>-3</answer>", -3), ("<answer>50%</answer>", 50), ("<answer>.5</answer>", 0.5),
     ("It is 7", 7),
     ("<answer>5 m^2</answer>", 5), ("<answer>5 m2</answer>", 5), ("<answer>3 s^-1</answer>", 3),
-    ("<answer>12 or 13</answer>", None), ("<answer>twelve</answer>", None),
+    ("<answer>12 or 13</answer>", ""), ("<answer>twelve</answer>", ""),
     ("<answer>7 is 7.0</answer>", 7),
     (r"<answer>2 + 2 = \boxed{4}</answer>", 4), ("<think>1 2 3</think>4", 4),
 ])
 def test_lenient_number(output, number):
-    assert lenient_number(output) == number
+    read = lenient_number(output)
+    assert (read and float(read)) == number
 
 
 def test_relative_accuracy_counts_thresholds():
-    assert relative_accuracy(10, 10) == 1.0
+    assert relative_accuracy("10", "10") == 1.0
     # error 0.1 < 0.5, 0.45 .. 0.15, not < 0.1, 0.05
-    assert relative_accuracy(11, 10) == pytest.approx(0.8)
-    assert relative_accuracy(16, 10) == 0.0 and relative_accuracy(None, 10) == 0.0
+    assert relative_accuracy("11", "10") == pytest.approx(0.8)
+    assert relative_accuracy("16", "10") == 0.0 and relative_accuracy("", "10") == 0.0
 
 
 @pytest.mark.parametrize("output, solution, kind, strict, lenient, parsed", [

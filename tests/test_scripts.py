@@ -122,9 +122,9 @@ def refuse(folder, data, out, *more):
 
 @pytest.mark.parametrize("content, says", [
     ('[{"problem": "x"}, ', "not valid JSON"),
-    ('{"problem": "x"}\n{"probl', "broken.json:2: "),
+    ('{"problem": "x"}\n{"probl', "line 2 column 2"),
     ("[]", "holds no records"), ("", "holds no records"),
-    ("not JSON at all", "broken.json:1: "),
+    ("not JSON at all", "line 1 column 2"),
     ('{"records": []}', "malformed, the first: record 0 (row 0): 'problem' is missing"),
 ])
 def test_broken_records_are_one_line(checkpoint_folder, tmp_path, content, says):
@@ -158,8 +158,8 @@ def test_clips_that_do_not_decode_are_found_before_the_start(checkpoint_folder, 
 def test_masking_by_another_clip_needs_one(checkpoint_folder, world, tmp_path):
     """Two clips, of which one is left out."""
     records = json.loads((world / "train.json").read_text())[:3]
-    for record, path in zip(records, (0, 0, 1)):
-        record |= {"path": records[path]["path"], "data_type": records[path]["data_type"]}
+    records[2] |= {key: records[1][key] for key in ("path", "data_type")}
+    records[1] |= {key: records[0][key] for key in ("path", "data_type")}
     data, bad = tmp_path / "data.json", tmp_path / "bad.json"
     data.write_text(json.dumps(records))
     bad.write_text(json.dumps([{"row": 2, "path": records[2]["path"]}]))

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -174,6 +175,74 @@ def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "table.json").read_text())["table"] == saved["table"]
     with pytest.raises(RuntimeError, match="seed-1 holds a run under other options"):
         run_study(monkeypatch, *command, "--steps", 3)
+
+
+RULE = """import torch
+from attribution import WEIGHTS
+
+OPTIONS = "--signals entropy --weighting late --G 4 --max_new_tokens 8"
+
+
+def late(r, o):
+    return torch.arange(float(r.logp.shape[1])).expand_as(r.logp) * r.group.valid
+
+
+WEIGHTS["late"] = late
+"""
+
+
+def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path, monkeypatch,
+                                             capsys):
+    """Once it is trained (see below): tabled, its tokens looked at."""
+    monkeypatch.setattr(study, "page", partial(study.page, questions=2))
+    monkeypatch.setattr(study, "try_one_step", lambda *_: None)
+    monkeypatch.setattr(gradients, "accuracy_reward", lambda text, *_: float(len(text) % 3))
+    hand_made(tmp_path, "GRPO", 0, 0.25, rewards=(0.0, 1.0))
+    trained = hand_made(tmp_path, "late", 0, 0.5, rewards=(0.0, 1.0))
+    (trained / "final").symlink_to(checkpoint_folder)
+    file = tmp_path / "late.py"
+    file.write_text(RULE)
+    command = ["--rule", file, "--only", "GRPO", "--seeds", 1, "--steps", 2, "--world", world,
+               "--model", checkpoint_folder, "--out", tmp_path]
+    run_study(monkeypatch, *command)
+    printed = capsys.readouterr().out
+    assert "passes a step, the reference's apart: 1 sampling, 1 with gradient" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("late ")]
+    table, words, gradient = lines
+    assert "p" in table.split() and "%" in words and "norm: key tokens" in gradient
+    run = tmp_path / "late" / "seed-0"
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for completion in (c for row in rows for c in row["completions"]):
+        weights, n = completion["signals"]["late"], len(completion["tokens"])
+        assert weights == list(range(n)) and set(completion["signals"]) >= {"visual", "entropy"}
+    assert "late" in (tmp_path / "late.html").read_text()
+
+
+def test_a_rule_that_has_changed_is_not_taken_for_the_old_one(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: started.append(command) or
+                        Namespace(returncode=0))
+    file = tmp_path / "late.py"
+    a = Namespace(out=str(tmp_path), model="m", world="w", steps=2)
+    for text in (RULE, RULE, RULE + "# another"):
+        file.write_text(text)
+        if text != RULE:
+            with pytest.raises(RuntimeError, match="another text of its rule"):
+                study.train_and_test("late", 0, f"--rule {file}", a, "")
+        else:
+            study.train_and_test("late", 0, f"--rule {file}", a, "")
+    assert len(started) == 4 and str(file) in started[0]
+
+
+def test_an_error_in_a_rules_file_ends_the_study_in_one_line(checkpoint_folder, world, tmp_path,
+                                                             monkeypatch):
+    file = tmp_path / "late.py"
+    file.write_text(RULE.replace(".expand_as(r.logp) * r.group.valid", ""))
+    with pytest.raises(SystemExit) as stop:
+        run_study(monkeypatch, "--rule", file, "--world", world, "--model", checkpoint_folder,
+                  "--out", tmp_path)
+    assert str(stop.value).startswith("error: weighting late: expected a tensor of shape (4, ")
+    assert "\n" not in str(stop.value) and not (tmp_path / "late").exists()
 
 
 def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatch):

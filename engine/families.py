@@ -1,0 +1,108 @@
+"""The model families, and all that differs between them: docs/families.md has the list.
+
+    Qwen2-VL    temporal patches are one position apart
+    Qwen2.5-VL  temporal patches are their seconds apart
+    Qwen3-VL    seconds are words: every temporal patch is a vision block of its own after its time;
+                and vision features also join the outputs of the first layers (DeepStack,
+                arXiv 2406.04334)
+
+What is not here is read from the checkpoint's own files, or is the same for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    model: type[PreTrainedModel]
+    timestamps: bool = False                            # seconds are words of the prompt
+    interleaved: bool = False                           # the axes of M-RoPE take turns
+
+
+FAMILIES = {                                            # by their config's model_type
+    "qwen2_vl": Family("Qwen2-VL", Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": Family("Qwen2.5-VL", Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": Family("Qwen3-VL", Qwen3VLForConditionalGeneration, True, True),
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    return FAMILIES[config.model_type]
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint's folder or hub name. OSError where there is none; ValueError, in
+    one line, where it is of no family that is known here."""
+    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", "unknown")
+    if kind not in FAMILIES:
+        known = ", ".join(family.name for family in FAMILIES.values())
+        raise ValueError(f"a model of type {kind}, which is not one of {known} (dense)")
+    config = AutoConfig.from_pretrained(name)
+    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+        raise ValueError("sliding window attention, which is not supported")
+    return config
+
+
+def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    return family_of(read_config(name)).model.from_pretrained(name, dtype=dtype)
+
+
+def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[int],
+               theta: float, tied: bool = False) -> PreTrainedConfig:
+    """A config of this model_type, with the tokenizer's special tokens.
+
+    sections, theta: of M-RoPE. tied: the head is the embedding.
+    """
+    family, token = FAMILIES[kind], tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
+    if family.interleaved:
+        rope["mrope_interleaved"] = True
+    ends = {"bos_token_id": None, "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>")}
+    return family.model.config_class(
+        text_config={**text, "rms_norm_eps": 1e-6, "rope_parameters": rope, **ends},
+        vision_config=vision, tie_word_embeddings=tied,
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"))
+
+
+def stamp(text: str, n: int, temporal: int, apart: float) -> str:
+    """A prompt with a vision block for each temporal patch of its n frames, `apart` seconds apart,
+    after the time in the middle of the patch.
+
+    As in transformers 4.57 and vLLM; transformers 5 also leaves the template's own pair of vision
+    tokens around them all.
+    """
+    block, blocks = "<|vision_start|><|video_pad|><|vision_end|>", ""
+    for first in range(0, n, temporal):
+        last = min(first + temporal, n) - 1             # where n is odd, the last frame is repeated
+        blocks += f"<{(first + last) / 2 * apart:.1f} seconds>{block}"
+    return text.replace(block, blocks, 1)
+
+
+def vision_features(tower: nn.Module, patches: Tensor, grids: Tensor) -> Tensor:
+    """(V, width): what each merged patch hands to the language model, side by side: D for its
+    embedding, and D for the output of each of the first layers, where the family has any."""
+    seen = tower(patches, grid_thw=grids)
+    return torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", ())], dim=-1)
+
+
+def feature_width(config: PreTrainedConfig) -> int:
+    deep = getattr(config.vision_config, "deepstack_visual_indexes", ())
+    return config.text_config.hidden_size * (1 + len(deep))
+
+
+def deepstack(where: Tensor, features: Sequence[Tensor]) -> dict:
+    """What the language model is told of features (V, D) for its first layers, at `where` (L,)."""
+    if not features:
+        return {}
+    return {"visual_pos_masks": where[None], "deepstack_visual_embeds": list(features)}

@@ -1,0 +1,80 @@
+"""What a rule in a file of its own does: its tokens, its gradient, its passes, on one page.
+
+    bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 5 ..]
+
+The file registers its rule at any of attribution.py's seams and may hold OPTIONS, those of ktr.py
+that it is trained with (lab/rules has examples). First one step is tried: an error in the rule ends
+this in one line. Then the study runs it beside its controls; this file looks at what came out.
+"""
+
+import argparse
+import json
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import ktr
+import policy
+from attribution import attribute
+from data import Prompts, read_records
+from lab import report
+from lab.attribution_table import attribution_table, heavier
+from lab.gradients import gradient_analysis
+from run.logs import Clock, sample_of
+from run.options import Options, parse
+
+
+@contextmanager
+def passes_counted():
+    """Counts the policy's forward passes by kind."""
+    original, counts = policy.packed_forward, Counter()
+
+    def counting(model, prompts, groups, *rest, **more):
+        kind = "with gradient" if torch.is_grad_enabled() else "without"
+        counts["sampling" if groups[0] is None else kind] += 1
+        return original(model, prompts, groups, *rest, **more)
+    policy.packed_forward = counting
+    try:
+        yield counts
+    finally:
+        policy.packed_forward = original
+
+
+def look(name: str, o: Options, model, processor, world: str, questions: int):
+    """Rows of samples.jsonl, in which the rule's weights stand beside Video-KTR's signals; and the
+    passes that a step costs, the reference's apart."""
+    records = read_records(Path(world) / "test.json")[0]
+    clips = [record for record in records if record["data_type"] == "video"][:questions]
+    data, rows = Prompts(clips, world, processor), []
+    for i in range(len(data)):
+        with passes_counted() as counts:
+            (mine,) = ktr.roll_out(o, model, processor, [(data[i], 2 * i, None)])
+            total = ktr.divisor(o, [mine], 1, model.device)
+            ktr.learn(o, ktr.Scorer(model), None, [mine], 1.0, total, Clock(model.device))
+        r = replace(mine, scores={}, chosen={})
+        attribute([r], Options(), model)
+        r.scores[name] = mine.key_mask.float()
+        r.chosen[name] = heavier(mine.key_mask, mine.group.valid)
+        rows.append(sample_of(r, i + 1, processor.tokenizer))
+    return rows, counts
+
+
+def page(file: Path, runs: list[Path], a: argparse.Namespace, questions: int = 64) -> None:
+    """After study `a`: print what a rule's tokens are and the passes it costs, by the model of its
+    first run (runs[0]), and their share of the gradient in a.model; write the page of the runs."""
+    name, final = file.stem, str(runs[0] / "final")
+    o = parse(["--model", final, "--data", f"{a.world}/train.json", "--max_new_tokens", "64",
+               "--rule", str(file)])
+    attribution_table(final, Path(a.world), questions, rules={name: o})
+    gradient_analysis(a.model, a.world, questions, rules={"Video-KTR": Options(), name: o})
+    rows, passes = look(name, o, *policy.load(final), a.world, min(8, questions))
+    print("passes a step, the reference's apart:",
+          ", ".join(f"{n} {kind}" for kind, n in passes.items()))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (runs[0] / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    out = Path(a.out, f"{name}.html")
+    out.write_text(report.build(report.content_of(runs)), encoding="utf-8")
+    print(f"page: {out}")

@@ -1,0 +1,117 @@
+"""Every family at its real width on a GPU, four layers of it, against transformers.
+
+    python -m pytest -s tests/gpu/test_widths.py
+
+What a whole step costs beside Qwen2.5-VL's, at as many video tokens (patches are 16, not 14):
+
+    MODEL=random:7b OUT=runs/dry25 bash train.sh 7b --dry_run --offload
+    MODEL=random:qwen3-8b OUT=runs/dry3 bash train.sh 7b --dry_run --offload --max_pixels 131072
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import plain_inputs
+
+from engine import blank
+from engine.decoding import vision_tokens
+from engine.prepare import prepare
+from policy import load_processor, sample, score, score_groups
+from prompt import fit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+T = 24
+WORDS = {"problem": "which way does the circle move " * 30, "options": [], "path": "",
+         "problem_type": "numerical", "solution": "<answer>1</answer>", "problem_id": 0, "row": 0}
+
+
+@pytest.fixture(scope="module", params=["random:7b/4", "random:qwen2-7b/4", "random:qwen3-8b/4"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plain(name):
+    """fp32, transformers' own; weights doubled, so that what is seen matters."""
+    model = blank.model(name, blank.tokenizer(), GPU, torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(name):
+    """A clip of 8 frames and a still image of noise."""
+    processor, rng, made = load_processor(name), np.random.default_rng(0), []
+    for kind, n in (("video", 8), ("image", 1)):
+        frames = rng.integers(0, 255, (n, 160, 224, 3), dtype=np.uint8)
+        record = {**WORDS, "data_type": kind}
+        made.append(processor.prompt(record, fit(frames, 160 * 224, processor.vision), 0.5))
+    return made
+
+
+def inputs_of(model, prompt, completion=None):
+    inputs = plain_inputs(prompt, None if completion is None else completion.cpu())
+    if model.config.model_type != "qwen2_5_vl":
+        inputs.pop("second_per_grid_ts", None)
+    cast = {torch.float32: model.dtype}
+    return {key: x.to(GPU, cast.get(x.dtype, x.dtype)) for key, x in inputs.items()}
+
+
+@torch.no_grad()
+def plain_scores(model, prompt, rows):
+    """transformers' own (G, T) log-probabilities."""
+    found = []
+    for ids in rows:
+        logits = model(**inputs_of(model, prompt, ids)).logits[0, len(prompt.ids) - 1:-1].float()
+        found.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+    return torch.stack(found)
+
+
+def test_fp32_equals_transformers(plain, prompts):
+    ours = prepare(copy.deepcopy(plain), GPU)
+    generator = torch.Generator(GPU).manual_seed(0)
+    ids = torch.randint(20, 1000, (4, T), device=GPU, generator=generator)
+    for prompt, group in zip(prompts, sample(ours, prompts, 1, T, temperature=0, ends=())):
+        with torch.no_grad():
+            got, _ = score(ours, prompt, ids)
+            hidden, _ = score(ours, prompt.hidden(), ids)
+        assert (got - plain_scores(plain, prompt, ids)).abs().max() < 3e-4
+        assert (got - hidden).abs().max() > 1e-2
+        want = plain.generate(**inputs_of(plain, prompt), max_new_tokens=T, do_sample=False,
+                              eos_token_id=None, suppress_tokens=vision_tokens(plain.config))
+        assert group.ids[0].tolist() == want[0, len(prompt.ids):].tolist()
+
+
+def test_bf16_is_as_near_to_fp32_as_transformers_is(name, plain, prompts):
+    half = copy.deepcopy(plain).to(torch.bfloat16)
+    exact = copy.deepcopy(half).float()                         # the same rounded weights
+    ours = prepare(copy.deepcopy(half), GPU)
+    groups = sample(ours, prompts, 4, T, ends=())
+    with torch.no_grad():
+        scored = score_groups(ours, prompts, groups)
+    gaps = {"transformers": [], "score": [], "sample": []}
+    for prompt, group, (logp, _) in zip(prompts, groups, scored):
+        want = plain_scores(exact, prompt, group.ids)
+        gaps["transformers"].append((plain_scores(half, prompt, group.ids) - want).abs().mean())
+        gaps["score"].append((logp - want).abs().mean())
+        gaps["sample"].append((group.logp - want).abs().mean())
+    means = {who: torch.stack(found).mean().item() for who, found in gaps.items()}
+    print(name, "mean distance to fp32, nats:", {who: f"{x:.4f}" for who, x in means.items()})
+    assert max(means["score"], means["sample"]) < 1.3 * means["transformers"]
+
+
+def test_gradients_with_recomputation_are_finite_and_nowhere_zero(name, prompts):
+    model = prepare(blank.model(name, blank.tokenizer(), GPU, torch.bfloat16), GPU)
+    for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
+        layer.recomputes = True
+    groups = sample(model, prompts, 4, T, ends=())
+    model.train()
+    sum(logp.mean() for logp, _ in score_groups(model, prompts, groups)).backward()
+    for key, p in model.named_parameters():
+        assert torch.isfinite(p.grad).all() and p.grad.any(), key

@@ -1,0 +1,456 @@
+"""The rules of the literature: formulas by hand, the seams they stand on, and each one trained."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from test_ktr import arguments, finish, log_of, start, torchrun
+
+import ktr
+from attribution import ADVANTAGES, BONUSES, PENALTIES, SIGNALS, WEIGHTS, Rollout, attribute
+from grpo import grpo_loss
+from lab.rules import common, dr_grpo, papo, per_signal, pgpo, t_grpo, tw_grpo, vppo
+from policy import Group, predicting_states, sample, score, score_groups
+from run.options import Options, parse
+
+RULES = sorted(path for path in (ROOT / "lab/rules").glob("*.py") if path.stem != "common")
+VALID = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def rollout(prompt, seed=0, valid=VALID):
+    r = Rollout(prompt, Group(torch.full(valid.shape, 9), valid), seed)
+    r.logp, r.borne = torch.zeros(valid.shape), valid
+    return r
+
+
+# ---------------------------------------------------------------------------------- each one trains
+def test_every_file_of_rules_is_tried():
+    assert {path.stem for path in RULES} >= {"papo", "vppo", "t_grpo", "tw_grpo", "dapo"}
+    assert all(len(path.read_text().splitlines()) <= 70 for path in RULES)
+
+
+@pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
+def test_a_rule_trains(path, checkpoint_folder, world, tmp_path, monkeypatch):
+    """Two steps, with rewards that differ so that there is something to learn."""
+    def judge(o, processor, group, record):
+        return (torch.arange(len(group.ids)) % 2).float(), torch.zeros(len(group.ids))
+    monkeypatch.setattr(ktr, "judge", judge)
+    more = ["--max_steps", 2, "--prompts_per_step", 2, "--max_new_tokens", 8, "--rule", path]
+    o = parse(arguments(checkpoint_folder, world, tmp_path, *more))
+    assert o != parse(arguments(checkpoint_folder, world, tmp_path, *more[:-2]))
+    ktr.main(o)
+    log = log_of(tmp_path)
+    assert len(log) == 2 and all(math.isfinite(row["loss"]) for row in log)
+    cut = o.mask_cut and not any(row["ended"] for row in log)
+    assert cut or any(row["grad_norm"] > 0 for row in log)
+
+
+def test_a_rules_options_hold_unless_given(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text('from attribution import SIGNALS\nSIGNALS["mine"] = None\n'
+                    'OPTIONS = "--signals mine --ratio 0.3"\n')
+    o = parse(["--model", "m", "--data", "d", "--ratio", "0.1", "--rule", str(path)])
+    assert o.signals == ["mine"] and o.ratio == 0.1 and "mine" in SIGNALS
+    with pytest.raises(SystemExit, match="error: --rule none.py: no such Python file"):
+        parse(["--model", "m", "--data", "d", "--rule", "none.py"])
+
+
+@pytest.mark.parametrize("option", ["weighting", "advantage", "penalty", "bonus", "signals"])
+def test_a_name_that_nobody_registered(option, checkpoint_folder, world, tmp_path):
+    with pytest.raises(SystemExit, match=f"--{option}: unknown 'mine'; known: "):
+        ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, f"--{option}", "mine")))
+
+
+# ------------------------------------------------------------------------------------------- errors
+def ones(r, *_):
+    return torch.ones_like(r.logp)
+
+
+@pytest.mark.parametrize("seam, options, rule, says", [
+    (SIGNALS, "--signals mine", lambda r, o: ones(r)[:, 1:], r"signal mine: .*\(4, \d+\) on cpu"),
+    (SIGNALS, "--signals mine", lambda r, o: ones(r) * math.nan, "signal mine: .*got NaN"),
+    (SIGNALS, "--signals mine", lambda r, o: ones(r).to("meta"), "signal mine: .*on meta"),
+    (SIGNALS, "--signals mine", lambda r, o: r.logp, "signal mine: .*got one with a gradient"),
+    (SIGNALS, "--signals mine", lambda r, o: [0.0], "signal mine: .*got a list"),
+    (WEIGHTS, "--weighting mine", lambda r, o: r.logp.exp(), "weighting mine: .*with a gradient"),
+    (WEIGHTS, "--weighting mine", lambda r, o: ones(r)[0], r"weighting mine: .*got shape \(\d+,\)"),
+    (ADVANTAGES, "--advantage mine", lambda r, o: ones(r)[:2], "advantage mine: .*shape"),
+    (ADVANTAGES, "--advantage mine", lambda r, o: r.advantages[:3], "advantage mine: .*shape"),
+    (ADVANTAGES, "--advantage mine", lambda r, o: r.advantages / 0 * 0, "advantage mine: .*NaN"),
+    (ADVANTAGES, "--advantage mine", lambda r, o: 1.0, "advantage mine: .*got a float"),
+    (PENALTIES, "--penalty mine", lambda r, o, m: torch.tensor(1.0), "penalty mine: .*one without"),
+    (PENALTIES, "--penalty mine", lambda r, o, m: r.logp, "penalty mine: .*got shape"),
+    (BONUSES, "--bonus mine", lambda rs, o, m, read: [torch.ones(3)], "bonus mine: .*shape"),
+])
+def test_an_error_in_a_rule_is_one_line_that_names_it(seam, options, rule, says, checkpoint_folder,
+                                                      world, tmp_path):
+    seam["mine"] = rule
+    more = ["--max_steps", 1, *options.split()]
+    with pytest.raises(SystemExit, match=f"^error: {says}") as stop:
+        ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, *more)))
+    assert "expected a tensor of shape" in str(stop.value) and "\n" not in str(stop.value)
+
+
+# ------------------------------------------------------------------------------- formulas by hand
+def test_vppo_by_hand():
+    """Means 2 and 6 of three and two tokens: places 0 and 1; 0.9 and 1.1, whose mean is 1."""
+    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 99.0]])
+    assert vppo.shaping(scores, VALID).tolist() == pytest.approx([0.9, 1.1])
+    assert vppo.shaping(torch.ones(2, 3), VALID).tolist() == [1, 1]
+    three = torch.tensor([[0.0], [1.0], [4.0]])                 # places 0, 1/4, 1: mean 5/12
+    want = [0.9, 0.9 + 0.1 * 0.25 * 12 / 5, 0.9 + 0.1 * 12 / 5]
+    assert vppo.shaping(three, three >= 0).tolist() == pytest.approx(want)
+
+
+def test_vppo_multiplies_the_advantages_and_takes_each_responses_tokens(prompts):
+    o = parse(["--model", "m", "--data", "d", "--rule", str(ROOT / "lab/rules/vppo.py")])
+    assert (o.shift, o.pool, o.ratio) == ("k3", "response", 0.4)
+    r = rollout(prompts[0])
+    r.advantages = torch.tensor([1.0, -2.0])
+    r.scores = {"visual": torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 99.0]])}
+    assert ADVANTAGES["vppo"](r, o).tolist() == pytest.approx([0.9, -2.2])
+
+
+def test_papo_by_hand(prompts, monkeypatch):
+    """d = log 2: 2 - log 2 - 1 = 0.307, capped at 0.2; d = -0.5: exp(-0.5) + 0.5 - 1 = 0.1065."""
+    logp, masked = torch.tensor([[-2.0, -1.0]]), torch.tensor([[-2.0 + math.log(2), -1.5]])
+    got = papo.perception(logp, masked)
+    assert got[0].tolist() == pytest.approx([0.2, math.exp(-0.5) - 0.5])
+    # rows of 3 and 2 tokens; entropies 1 and 3; K of d = -1 is exp(-1)
+    asked = []
+
+    def scored(model, prompt, group):
+        asked.append(prompt)
+        logp, entropy = (-1.0, 1.0) if len(asked) == 1 else (-2.0, 3.0)
+        return torch.full((2, 3), logp), torch.full((2, 3), entropy)
+    monkeypatch.setattr(papo, "scored", scored)
+    monkeypatch.setattr(papo, "CAP", 9.0)
+    loss = papo.papo(rollout(prompts[0]), Options(), None)
+    assert loss.item() == pytest.approx(-0.1 * math.exp(-1) + 0.03 * (1 + 3))
+    whole, part = asked
+    left = int(part.visual.sum()) / int(whole.visual.sum())
+    assert 0.1 < left < 0.75                                    # 40% stay
+
+
+def test_papos_gradient_goes_through_both_passes(tiny, prompts, monkeypatch):
+    """Against finite differences of the formula along one direction in the head's weights."""
+    monkeypatch.setattr(papo, "CAP", 99.0)                      # where it binds there is a kink
+    model = tiny[0]
+    r = Rollout(prompts[0], sample(model, prompts[:1], 2, 6, seeds=[1])[0], 0)
+    r.borne = r.group.valid
+    values, grads = [], None
+    weight, step = model.lm_head.weight, 1e-3
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    for shift in (0.0, step, -step):
+        r.generator.manual_seed(5)
+        with torch.no_grad():
+            weight += shift * direction
+        loss = papo.papo(r, Options(), model)
+        if shift == 0:
+            (grads,) = torch.autograd.grad(loss, weight)
+        with torch.no_grad():
+            weight -= shift * direction
+        values.append(loss.item())
+    slope = (values[1] - values[2]) / (2 * step)
+    assert (grads * direction).sum().item() == pytest.approx(slope, rel=0.03) and abs(slope) > 1e-5
+
+
+def test_scored_is_the_policys_own_score_with_gradient(tiny, prompts):
+    (group,) = sample(tiny[0], prompts[:1], 3, 8, seeds=[3], ends=[2, 20, 30])
+    logp, entropy = common.scored(tiny[0], prompts[0], group)
+    want = score(tiny[0], prompts[0], group)
+    assert torch.allclose(logp, want[0], atol=1e-5) and torch.allclose(entropy, want[1], atol=1e-5)
+    assert logp.requires_grad and entropy.requires_grad
+    mean = common.mean_of_rows(torch.tensor([[1.0, 2, 3], [4, 6, 99]]), VALID)
+    assert mean.item() == (2 + 5) / 2
+
+
+def test_pgpo_by_hand():
+    """log1p of 0, e - 1, e^4 - 1 is 0, 1, 4: 0, 0.25, 1 after min-max; one token at 0.1 falls."""
+    k3 = torch.tensor([[0.0, math.e - 1, math.e ** 4 - 1], [5.0, 5.0, 77.0]])
+    got = pgpo.grounded(k3, VALID)
+    assert got[0].tolist() == pytest.approx([0, 0.25 * 3 / 1.25, 3 / 1.25])
+    assert got[1].tolist() == [1, 1, 0]                         # equal scores, padding
+    low = pgpo.grounded(torch.tensor([[0.0, math.exp(0.1) - 1, math.e - 1]]), torch.ones(1, 3) > 0)
+    assert low[0].tolist() == pytest.approx([0, 0, 3])
+
+
+def test_weights_per_signal_by_hand():
+    """2, 1.5, 2.5 and 1, 1 of five tokens: sum 8, times 5/8."""
+    chosen = {"visual": torch.tensor([[1, 0, 1], [0, 0, 0]]) > 0,
+              "entropy": torch.tensor([[0, 1, 1], [0, 0, 0]]) > 0}
+    got = per_signal.weigh(chosen, VALID)
+    want = [[2 * 5 / 8, 1.5 * 5 / 8, 2.5 * 5 / 8], [5 / 8, 5 / 8, 0]]
+    assert torch.allclose(got, torch.tensor(want))
+
+
+def test_dr_grpo_by_hand(prompts):
+    r = rollout(prompts[0])
+    r.rewards, r.advantages = torch.tensor([2.0, 1.0]), torch.zeros(2)
+    assert dr_grpo.centred(r, Options()).tolist() == [0.5, -0.5]
+
+
+def test_tw_grpos_weights_by_hand(prompts):
+    r = rollout(prompts[0])
+    r.scores = {"spread": torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 99.0]])}
+    want = torch.tensor([[1, 1.7, 1.35], [1, 1.7, 0]])
+    assert torch.allclose(tw_grpo.tw_grpo(r, Options()), want)
+
+
+def test_several_right_options_earn_a_part_each(prompts):
+    def texts(*answers):
+        return [f"<think>x</think><answer>{answer}</answer>" for answer in answers]
+    right = "<answer>A, C</answer>"
+    for answer, part in (("A,C", 1), ("C, A", 1), ("A", 0.5), ("A, B", 0), ("B", 0), ("", 0)):
+        assert tw_grpo.part_right(texts(answer)[0], right) == part
+    r = rollout(prompts[0])
+    for solution, want in ((right, [0.0, 0.5]), ("<answer>A</answer>", [0.0, 0.0])):
+        record = {**prompts[0].record, "solution": solution, "problem_type": "multiple choice"}
+        r.prompt = replace(prompts[0], record=record)
+        r.accuracy = torch.tensor([1.0, 0.0])
+        (got,) = tw_grpo.several_right([r], Options(), None, lambda group: texts("A, C", "A"))
+        assert got.tolist() == want
+
+
+# ------------------------------------------------------------------------------------------- spread
+def spread_by_loops(states, head, valid):
+    """sum_v (e^d - d - 1) averaged over the group, d = mean log-probability - log-probability
+    within +-11."""
+    G, T, V = *valid.shape, len(head)
+    values = []
+    for t in range(T):
+        rows = []
+        for g in range(G):
+            logp = F.linear(states[g, t], head).log_softmax(-1).tolist()
+            rows.append(logp if valid[g, t] else [-math.log(V)] * V)
+        total = 0.0
+        for g in range(G):
+            for v in range(V):
+                mean = sum(row[v] for row in rows) / G
+                d = max(-11.0, min(11.0, mean - rows[g][v]))
+                total += math.exp(d) - d - 1
+        values.append(total / G)
+    return values
+
+
+@pytest.mark.parametrize("size", [1.0, 25.0])                   # with 25 some differences exceed 11
+def test_spread_equals_plain_loops(prompts, size):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 18, 4, generator=generator, dtype=torch.float64)
+    head = size * torch.randn(7, 4, generator=generator).double()
+    valid = torch.arange(18) < torch.tensor([[18], [5], [17]])  # more than one chunk of 16
+    r = Rollout(prompts[0], Group(torch.zeros(3, 18).long(), valid), 0)
+    r.states = lambda: (states, head)
+    scores, want = tw_grpo.spread(r, Options()), spread_by_loops(states, head, valid)
+    assert scores.shape == (3, 18)
+    assert all(torch.allclose(row, torch.tensor(want), rtol=1e-3, atol=1e-5) for row in scores)
+    same = Rollout(prompts[0], Group(torch.zeros(3, 18).long(), torch.ones_like(valid)), 0)
+    same.states = lambda: (states[:1].expand(3, -1, -1), head)
+    assert tw_grpo.spread(same, Options()).abs().max() < 1e-4    # all predict the same
+
+
+def test_spread_is_given_the_states_that_predict(tiny, prompts):
+    model = tiny[0]
+    (group,) = sample(model, prompts[:1], 4, 12, seeds=[3], ends=[2, 20, 30, 40])
+    r = Rollout(prompts[0], group, 0)
+    r.logp, r.entropy = (x.detach() for x in score(model, prompts[0], group))
+    attribute([r], Options(signals=["spread"]), model)
+    states, head = predicting_states(model, prompts[0], group)
+    want = spread_by_loops(states, head, group.valid)
+    assert r.scores["spread"][0].tolist() == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- order
+@pytest.mark.parametrize("factor, helped", [
+    (1.0, [True, False, True]), (0.8, [True, True, True]), (2.5, [False, False, False])])
+def test_the_bonus_goes_to_correct_completions_where_order_helps(prompts, monkeypatch, factor,
+                                                                 helped):
+    ordered = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0.4, 0], [0.5, 0, 0, 0.1]])  # 0.5, 0.6, 0.15
+    blind = torch.tensor([[1.0, 0.0], [0.75, 0.75], [0.15, 0.15]])      # 0.5, 0.75, 0.15 (a tie)
+    asked, answers = [], iter(blind)
+
+    def sampled(model, shown, G, limit, *, temperature, top_p, top_k, seeds):
+        asked.append((shown, G, limit, temperature, top_p, top_k, seeds))
+        return [Group(torch.zeros(G, 1), torch.ones(G, 1)) for _ in shown]
+
+    monkeypatch.setattr(t_grpo, "sample", sampled)
+    monkeypatch.setattr(t_grpo, "FACTOR", factor)
+    monkeypatch.setattr(t_grpo, "accuracy_reward", lambda text, *_: text)
+    o = Options(G=4, max_new_tokens=9, temperature=0.7, top_p=0.9, top_k=5)
+    clips, image = prompts[:3], prompts[3]
+    still = clips[0].showing(clips[0].frames[:1])               # one frame has no order either
+    shown = [clips[0], image, clips[1], still, clips[2]]
+    accuracies = [ordered[0], torch.ones(4), ordered[1], torch.ones(4), ordered[2]]
+    rollouts = []
+    for i, (prompt, accuracy) in enumerate(zip(shown, accuracies)):
+        rollouts.append(rollout(prompt, seed=10 * i, valid=torch.ones(4, 2).bool()))
+        rollouts[-1].accuracy = accuracy
+    got = t_grpo.t_grpo(rollouts, o, None, lambda group: next(answers).tolist())
+
+    correct = torch.tensor([[1.0, 1, 0, 0], [1.0, 1, 1, 0], [1.0, 0, 0, 0]])    # more than 0.1
+    want = [torch.zeros(4) for _ in shown]
+    for i, clip in enumerate((0, 2, 4)):
+        want[clip] = 0.3 * correct[i] * helped[i]
+    assert len(got) == 5 and all(torch.allclose(a, b) for a, b in zip(got, want))
+    (seen, G, *settings, seeds), = asked        # all clips together, half as many completions
+    assert G == 2 and settings == [9, 0.7, 0.9, 5]
+    assert seeds == [1, 21, 41]                 # not the random numbers of the ordered group
+    for prompt, clip in zip(seen, clips, strict=True):
+        assert not torch.equal(prompt.frames, clip.frames) and torch.equal(prompt.ids, clip.ids)
+        frames = [sorted(map(str, x.frames.tolist())) for x in (prompt, clip)]
+        assert frames[0] == frames[1]           # the same frames
+
+
+def test_an_image_has_no_order_to_reward(prompts, monkeypatch):
+    monkeypatch.setattr(t_grpo, "sample", lambda *_, **__: pytest.fail("nothing to sample"))
+    r = rollout(prompts[3])
+    r.accuracy = torch.ones(2)
+    assert t_grpo.t_grpo([r], Options(), None, None)[0].tolist() == [0, 0]
+
+
+# ----------------------------------------------------------------------------------------- the loss
+LOGP = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, -1.0, 0.0]])
+OLD = torch.tensor([[-1.2, -2.0, -0.5], [-1.0, -1.0, 0.0]])
+
+
+def loss_of(advantages, logp=LOGP, old=OLD, ref=None, **options):
+    loss, metrics = grpo_loss(logp, old, ref, advantages, VALID, VALID, **options)
+    return loss.item(), metrics
+
+
+def test_advantages_by_token_by_hand():
+    """Ratios exp(0.2), 1, 1 and exp(-0.5), 1; the clip cuts the first to 1.2, the fourth to 0.8."""
+    A = torch.tensor([[1.0, 2.0, -3.0], [-1.0, 4.0, 99.0]])
+    want = -((1.2 + 2 - 3) / 3 + (-0.8 + 4) / 2) / 2
+    assert loss_of(A)[0] == pytest.approx(want)
+    same = loss_of(torch.tensor([1.0, -2.0])), loss_of(torch.tensor([[1.0] * 3, [-2.0] * 3]))
+    assert same[0][0] == same[1][0]
+
+
+def test_normalisers_by_hand():
+    """Objectives 1.2 + 1 + 1 and -0.8 - 1: 1.4 in all, over the group's five tokens or a total."""
+    A = torch.tensor([1.0, -1.0])
+    assert loss_of(A, normalize="tokens")[0] == pytest.approx(-1.4 / 5)
+    assert loss_of(A, normalize="tokens", total=7.0)[0] == pytest.approx(-1.4 / 7)
+    assert loss_of(A, normalize="constant", total=20)[0] == pytest.approx(-1.4 / 20)
+
+
+def test_a_higher_clip_lets_ratios_rise():
+    A = torch.tensor([1.0, -1.0])
+    (_, low), (loss, high) = loss_of(A), loss_of(A, clip_high=0.28)
+    assert loss == pytest.approx(-((math.exp(0.2) + 2) / 3 - 1.8 / 2) / 2)      # exp(0.2) is 1.221
+    assert [x["clipped"].item() for x in (low, high)] == pytest.approx([2 / 5, 1 / 5])
+
+
+@pytest.mark.parametrize("name, want", [("k1", -0.5), ("k2", 0.125),
+                                        ("k3", math.exp(0.5) - 1.5)])
+def test_kl_estimators_by_hand(name, want):
+    loss, metrics = loss_of(torch.zeros(2), ref=LOGP + 0.5, kl_estimator=name, beta=0.1)
+    assert metrics["kl"].item() == pytest.approx(want, abs=1e-6)
+    assert loss == pytest.approx(0.1 * want, abs=1e-6)
+
+
+def with_rewards(prompts, accuracy, form, ended, **options):
+    r = rollout(prompts[0])
+    r.accuracy, r.format = torch.tensor(accuracy), torch.tensor(form)
+    r.extra, r.key_mask = torch.zeros(2), VALID
+    r.group = Group(r.group.ids, VALID, ended=torch.tensor(ended))
+    ktr.reward(Options(G=2, **options), r)
+    return r.borne.sum(-1).tolist()
+
+
+def test_dropped_groups_and_cut_completions_bear_no_loss(prompts):
+    wrong, mixed = ([0.0, 0.0], [1.0, 0.0], [True, True]), ([1.0, 0.0], [0.0, 1.0], [True, False])
+    assert with_rewards(prompts, *wrong) == [3, 2]
+    assert with_rewards(prompts, *wrong, filter="accuracy") == [0, 0]
+    assert with_rewards(prompts, *wrong, filter="reward") == [3, 2]
+    assert with_rewards(prompts, *mixed, filter="accuracy") == [3, 2]
+    assert with_rewards(prompts, *mixed, filter="reward") == [0, 0]     # both earn 1
+    assert with_rewards(prompts, *mixed, mask_cut=True) == [3, 0]
+
+
+# -------------------------------------------------------------------------------------- whole runs
+def judged(o, processor, group, record):
+    """Rewards that differ within every other group, by the record's number."""
+    some = (torch.arange(len(group.ids)) % 2).float()
+    return (some if record["problem_id"] % 2 else some * 0), some * 0
+
+
+def test_groups_alike_in_accuracy_are_dropped_on_all_ranks_alike(checkpoint_folder, world,
+                                                                 tmp_path, monkeypatch):
+    monkeypatch.setattr(ktr, "judge", judged)
+    more = ["--prompts_per_step", 4, "--max_steps", 2, "--filter", "accuracy"]
+    ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, *more)))
+    log = log_of(tmp_path)
+    assert [row["prompts"] for row in log] == [4, 4] and all(row["flat"] > 0 for row in log)
+    assert [row["dropped"] for row in log] == [row["flat"] for row in log]
+
+
+BRIEF = """from attribution import BONUSES
+
+
+def brief(rollouts, o, model, read):
+    return [r.group.valid.sum(-1) % 3 * float(r.prompt.record["problem_id"] % 2) for r in rollouts]
+
+
+BONUSES["brief"] = brief
+OPTIONS = "--bonus brief"
+"""
+
+
+def test_two_ranks_make_the_update_of_one(checkpoint_folder, world, tmp_path):
+    """With all that could tell ranks apart: dropped groups, shared divisor, penalty, updates."""
+    (tmp_path / "brief.py").write_text(BRIEF)
+    more = ["--max_steps", 2, "--filter", "reward", "--normalize", "tokens", "--updates", 2,
+            "--rule", ROOT / "lab/rules/vppo.py", tmp_path / "brief.py", "--max_new_tokens", 24]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ktr.main(parse(arguments(checkpoint_folder, world, one, "--prompts_per_step", 2, *more)))
+    code, out = finish(start([*torchrun(2), *arguments(checkpoint_folder, world, two, *more)]))
+    assert code == 0, out
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        for name in ("reward", "length", "loss", "kl", "clipped", "dropped", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+    assert {row["dropped"] for row in log_of(one)} > {0.5}
+
+
+def test_several_updates_let_the_clip_bind(checkpoint_folder, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(ktr, "judge", judged)
+    logs = []
+    for updates in (1, 3):
+        out = tmp_path / str(updates)
+        more = ["--prompts_per_step", 4, "--max_steps", 2, "--lr", "5e-2", "--updates", updates]
+        ktr.main(parse(arguments(checkpoint_folder, world, out, *more)))
+        logs.append(log_of(out))
+    once, thrice = logs
+    assert [row["clipped"] for row in once] == [0, 0] and thrice[0]["clipped"] > 0
+    assert thrice[0]["sampling_gap"] < 1e-5 and once[0]["reward"] == thrice[0]["reward"]
+
+
+def test_a_batchs_tokens_weigh_alike(tiny, prompts, monkeypatch):
+    """--normalize tokens: the gradient is that of the sum over both groups, over their tokens."""
+    model = tiny[0]
+    o = Options(G=3, prompts_per_step=2, normalize="tokens", beta=0.0, signals=["all"])
+    groups = [sample(model, [p], 3, n, seeds=[3], ends=[2, 20, 30])[0]
+              for p, n in zip(prompts[:2], (4, 9))]
+    rollouts = [Rollout(p, g, 0) for p, g in zip(prompts, groups)]
+    for i, r in enumerate(rollouts):
+        r.accuracy, r.format, r.extra = torch.arange(3.0) * (i + 1), torch.zeros(3), torch.zeros(3)
+    scorer, total = ktr.Scorer(model), ktr.divisor(o, rollouts, 1, torch.device("cpu"))
+    sizes = [int(g.valid.sum()) for g in groups]
+    assert total == sum(sizes) / 2 and sizes[0] != sizes[1]
+    constant = Options(G=3, max_new_tokens=50, normalize="constant")
+    assert ktr.divisor(constant, rollouts, 1, torch.device("cpu")) == 150
+    model.zero_grad()
+    for r in rollouts:                      # one part each, as where rows are long
+        ktr.learn(o, scorer, None, [r], 1 / 2, total, ktr.Clock(torch.device("cpu")))
+    got = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    loss = 0.0
+    for r, (logp, _) in zip(rollouts, score_groups(model, prompts[:2], groups)):
+        loss = loss - (r.advantages[:, None] * logp * r.group.valid).sum() / sum(sizes)
+    loss.backward()
+    assert torch.allclose(got, model.lm_head.weight.grad, atol=1e-6) and got.abs().max() > 1e-4
+    model.zero_grad()
