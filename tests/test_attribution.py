@@ -18,7 +18,7 @@ def test_shift_by_hand():
     logp, other = torch.tensor([[-1.0, -2.0, -0.5]]), torch.tensor([[-3.0, -1.0, -0.5]])
     assert shift(logp, other).tolist() == [[2.0, 1.0, 0.0]]
     assert shift(logp, other, "signed").tolist() == [[2.0, -1.0, 0.0]]
-    k3 = [math.exp(2) - 2 - 1, math.exp(-1) + 1 - 1, 0.0]
+    k3 = [math.exp(-2) + 2 - 1, math.exp(1) - 1 - 1, 0.0]    # d = other - logp: -2, 1, 0
     assert shift(logp, other, "k3")[0].tolist() == pytest.approx(k3)
     with pytest.raises(ValueError, match="relative"):
         shift(logp, other, "relative")
