@@ -108,13 +108,14 @@ def shift(logp: Tensor, counterfactual_logp: Tensor, kind: str = "abs") -> Tenso
     """How far tokens' log-probabilities (G, T) move when another video is shown (eq. 2 and 3).
 
     "abs": in either direction (paper). "signed": only tokens that lose probability rank high
-    (released code). "k3": exp(d) - d - 1 of the difference d. ValueError for another kind.
+    (released code). "k3": exp(d) - d - 1, d = counterfactual - logp, which estimates the KL from
+    the sampled token (Schulman 2020). ValueError for another kind.
     """
     if kind not in ("abs", "signed", "k3"):
         raise ValueError(f"shift must be 'abs', 'signed' or 'k3', not {kind!r}")
     difference = logp - counterfactual_logp
     if kind == "k3":
-        return difference.exp() - difference - 1
+        return (-difference).exp() + difference - 1
     return difference.abs() if kind == "abs" else difference
 
 
@@ -229,7 +230,8 @@ def check_names(o: Options) -> None:
         for name in [named] if isinstance(named, str) else named:
             if name not in registry:
                 known = ", ".join(registry)
-                raise SystemExit(f"error: --{option}: unknown {name!r}; known: {known}")
+                what = option.removesuffix("s")
+                raise SystemExit(f"error: unknown {what} {name!r}; known: {known}")
 
 
 def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> Tensor:

@@ -12,7 +12,6 @@ from random import Random
 import torch
 from torch import Tensor
 
-from attribution import SIGNALS
 from data import Limits, Prompts, Skipped, loader, read_records
 from policy import load_processor, weight_count
 from prompt import Processor, Prompt
@@ -29,9 +28,6 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
         raise SystemExit(f"error: {message}")
 
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    unknown = [name for name in o.signals if name not in SIGNALS]
-    if unknown:
-        fail(f"unknown signal {unknown[0]!r}; known: {', '.join(SIGNALS)}")
     if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
         fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
     if not Path(o.data).is_file():

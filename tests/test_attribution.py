@@ -18,7 +18,7 @@ def test_shift_by_hand():
     logp, other = torch.tensor([[-1.0, -2.0, -0.5]]), torch.tensor([[-3.0, -1.0, -0.5]])
     assert shift(logp, other).tolist() == [[2.0, 1.0, 0.0]]
     assert shift(logp, other, "signed").tolist() == [[2.0, -1.0, 0.0]]
-    k3 = [math.exp(2) - 2 - 1, math.exp(-1) + 1 - 1, 0.0]
+    k3 = [math.exp(-2) + 2 - 1, math.exp(1) - 1 - 1, 0.0]    # d = other - logp: -2, 1, 0
     assert shift(logp, other, "k3")[0].tolist() == pytest.approx(k3)
     with pytest.raises(ValueError, match="relative"):
         shift(logp, other, "relative")
@@ -225,7 +225,7 @@ def test_a_rule_of_ones_own(tiny, prompts, asked, monkeypatch):
 
 
 def test_scores_of_a_broken_model_do_not_stop_the_choice(tiny, prompts, monkeypatch):
-    """Its loss is NaN as well, and the step is skipped: see ktr.py. A rule's own NaN is an error."""
+    """Its loss is NaN as well, and that step is skipped: ktr.py. A rule's own NaN is an error."""
     monkeypatch.setitem(SIGNALS, "broken", lambda r, o: torch.full((2, 3), float("nan")))
     r = rollout(prompts[0])
     with pytest.raises(SystemExit, match="signal broken: .*got NaN"):

@@ -179,8 +179,8 @@ def test_a_prompt_that_no_signal_applies_to(run, world, tmp_path):
 
 @pytest.mark.parametrize("more", [
     ["--preset", "released", "--prompts_per_step", 2],
-    ["--masking", "replace", "--weighting", "linear", "--distance", "js", "--ordered_bonus", 0.3],
-    ["--masking", "half", "--signals", "visual", "spread", "--order", "blocks"],
+    ["--masking", "replace", "--weighting", "linear", "--distance", "js"],
+    ["--masking", "half", "--signals", "visual", "temporal", "--order", "blocks"],
 ])
 def test_other_choices_run(run, tmp_path, more):
     run(tmp_path, "--max_steps", 2, "--save_every", 0, *more)

@@ -9,6 +9,7 @@ from conftest import plain_inputs, plain_logp
 
 import policy
 from engine.decoding import vision_tokens
+from engine.prepare import recompute
 from policy import Group, TokenStats, batches, sample, score, score_groups
 
 ENDS = [2, 20, 30, 40]          # several end tokens, so that a random model ends at all
@@ -56,10 +57,10 @@ def test_gradients_equal_the_plain_forwards(tiny, plain, prompts, groups, checkp
     weights = torch.randn(group.ids.shape, generator=torch.Generator().manual_seed(0))
     model.zero_grad(), plain.zero_grad()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
         model.train()
     (score(model, prompt, group)[0] * weights).sum().backward()
-    model.gradient_checkpointing_disable()
+    recompute(model, False)
     model.eval()
     for g, n in enumerate(group.lengths):
         ids = group.ids[g, :n]

@@ -60,6 +60,23 @@ def test_recomputation_is_compiled_with_the_forward(compiled, prompts, monkeypat
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, exact))
 
 
+def test_numbers_are_no_inputs(tiny, prompts):
+    """An epsilon that became an input would be converted on the CPU, by a kernel that g++ compiles for 20 s."""
+    kinds = []
+
+    def backend(graph, inputs):
+        kinds.extend(x.dtype if isinstance(x, torch.Tensor) else type(x) for x in inputs)
+        return graph.forward
+
+    layer = tiny[0].model.language_model.layers[0]
+    prepare.compile_layer(layer, backend=backend)
+    prepare.recompute(tiny[0])
+    score(tiny[0], prompts[0], groups_of([3, 2]))
+    prepare.recompute(tiny[0], False)
+    layer.forward = layer.whole
+    assert len(kinds) > 10 and not {torch.float64, float, torch.SymFloat} & set(kinds)
+
+
 def test_a_layer_that_recomputes_keeps_its_input_only(tiny, prompts):
     def kept(on):
         prepare.recompute(tiny[0], on)

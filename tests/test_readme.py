@@ -1,4 +1,4 @@
-"""What README and docs show is true: the rule runs, names and options exist, metrics are explained."""
+"""What README and docs show is true: the rule runs, names exist, metrics are explained."""
 
 import importlib
 import re

@@ -60,7 +60,7 @@ def test_a_rules_options_hold_unless_given(tmp_path):
 
 @pytest.mark.parametrize("option", ["weighting", "advantage", "penalty", "bonus", "signals"])
 def test_a_name_that_nobody_registered(option, checkpoint_folder, world, tmp_path):
-    with pytest.raises(SystemExit, match=f"--{option}: unknown 'mine'; known: "):
+    with pytest.raises(SystemExit, match=f"unknown {option.removesuffix('s')} 'mine'; known: "):
         ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, f"--{option}", "mine")))
 
 
@@ -135,13 +135,14 @@ def test_papo_by_hand(prompts, monkeypatch):
     assert 0.1 < left < 0.75                                    # 40% stay
 
 
-def test_papos_gradient_goes_through_both_passes(tiny, prompts):
+def test_papos_gradient_goes_through_both_passes(tiny, prompts, monkeypatch):
     """Against finite differences of the formula along one direction in the head's weights."""
+    monkeypatch.setattr(papo, "CAP", 99.0)                      # where it binds there is a kink
     model = tiny[0]
     r = Rollout(prompts[0], sample(model, prompts[:1], 2, 6, seeds=[1])[0], 0)
     r.borne = r.group.valid
     values, grads = [], None
-    weight, step = model.lm_head.weight, 1e-2
+    weight, step = model.lm_head.weight, 1e-3
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     for shift in (0.0, step, -step):
         r.generator.manual_seed(5)

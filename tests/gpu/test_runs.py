@@ -13,8 +13,8 @@ from launch import ROOT, clips, command, environment, finish, steps_of  # noqa: 
 
 def test_five_cold_starts_finish_and_end(clips, tmp_path):
     """Each with compilation caches of its own: whatever inductor's timings decide, no run may die of it,
-    and each process is gone within 10 s of its last step. The first is the whole 3B with its state in host
-    memory, the others have its width and six layers, so that all go at once; then one starts warm."""
+    and each process is gone within 10 s of its last step. They have the 3B's width and six layers and
+    blocks, so that all can go at once; then one starts warm."""
     runs, waiting = {}, list(range(5))
     together = max(1, min(5, torch.cuda.get_device_properties(0).total_memory // (27 << 30)))
     while waiting or runs:
@@ -27,7 +27,7 @@ def test_five_cold_starts_finish_and_end(clips, tmp_path):
                 if log.exists() and len(log.read_text().splitlines()) == 3:
                     assert time.time() - log.stat().st_mtime < 10, f"run {k} did not end"
             else:
-                assert run.returncode == 0, (tmp_path / f"output{k}").read_text()[-6000:]
+                assert run.returncode == 0, (tmp_path / f"output.run{k}").read_text()[-6000:]
                 assert len(steps_of(tmp_path / f"run{k}")) == 3
                 del runs[k]
         time.sleep(0.2)
@@ -40,12 +40,11 @@ def test_five_cold_starts_finish_and_end(clips, tmp_path):
 
 def cold_start(k: int, clips, folder, name: str = "") -> subprocess.Popen:
     name = name or f"run{k}"
-    more = ("--offload", "True") if k == 0 else ()
     arguments = command(clips, folder / name, "--max_steps", "3", "--max_new_tokens", "192", "--G", "8",
-                        "--seed", str(k), *more, model="random:3b" if k == 0 else "random:3b/6")
-    output = open(folder / f"output{k}", "w")
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output, env=environment(
-        TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor{k}", TRITON_CACHE_DIR=f"{folder}/triton{k}"))
+                        "--seed", str(k), model="random:3b/6")
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor{k}", "TRITON_CACHE_DIR": f"{folder}/triton{k}"}
+    with open(folder / f"output.{name}", "w") as output:
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output, env=environment(**caches))
 
 
 def test_two_ranks_end_with_the_same_weights(clips, tmp_path):
@@ -55,7 +54,7 @@ def test_two_ranks_end_with_the_same_weights(clips, tmp_path):
     weights = [(tmp_path / f"weights.{rank}").read_text().splitlines() for rank in (0, 1)]
     assert weights[0] == weights[1] and len(set(weights[0])) == 5       # they change with every step
     prompts = [row["prompts"] for row in steps_of(tmp_path / "run")]
-    assert prompts == [2, 1, 2, 1, 2]                                   # a broken clip in steps 2 and 4
+    assert len(prompts) == 5 and set(prompts) == {1, 2}                 # 1: beside a broken clip
 
 
 def test_killed_and_resumed_ends_where_an_unbroken_run_ends(clips, tmp_path):

@@ -1,0 +1,107 @@
+"""What the benchmarks share: clips of random frames, the usual way of scoring and generating, timing, notes."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from prompt import fit, patches
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cuda")
+DATASHEET = 4.8e12      # an H200's bytes per second by its datasheet
+BEGUN = time.time()
+
+
+def commit() -> str:
+    """The commit that runs (or $COMMIT, where only its files travelled)."""
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return os.environ.get("COMMIT") or asked.stdout.strip()
+
+
+def new_results() -> dict:
+    return {"command": "python -m " + " ".join(["bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]), "commit": commit(),
+            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "dtype": "bfloat16",
+            "weights": "random, architecture of Qwen2.5-VL-7B"}
+
+
+def note(results: dict, path: Path, **values) -> None:
+    """Keep what was measured as soon as it is."""
+    results.update(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1))
+    print(f"[{time.time() - BEGUN:6.1f} s]", json.dumps(values), flush=True)
+
+
+def seconds(function, repeat: int = 1, warm: int = 0) -> float:
+    """Median of `repeat` calls after `warm` others."""
+    for _ in range(warm):
+        function()
+    found = []
+    for _ in range(repeat):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+def free() -> None:
+    import gc
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2 ** 30
+
+
+def new_prompt(processor, frames: int, height: int, width: int, pixels: int, seed: int = 0, kind: str = "video"):
+    """A clip (or still image) of random frames and a question that makes about 200 text tokens."""
+    rng = np.random.default_rng(seed)
+    record = {"problem": "which way does the circle move " * 31, "data_type": kind, "problem_type": "numerical",
+              "options": [], "solution": "<answer>1</answer>", "problem_id": seed, "row": seed, "path": ""}
+    clip = fit(rng.integers(0, 255, (frames, height, width, 3), dtype=np.uint8), pixels, processor.vision)
+    return processor.prompt(record, clip, 0.5)
+
+
+# -------------------------------------------------------------------------------- the usual way
+def usual_inputs(prompt, G: int, completions=None):
+    """What transformers' forward takes: the prompt repeated for each completion."""
+    ids = prompt.ids[None].expand(G, -1).to(DEVICE)
+    kinds = torch.zeros_like(ids)
+    kinds[:, prompt.visual.to(DEVICE)] = 2
+    if completions is not None:
+        ids, kinds = torch.cat([ids, completions], 1), torch.cat([kinds, torch.zeros_like(completions)], 1)
+    pixels = patches(prompt.frames.to(DEVICE), prompt.vision).to(torch.bfloat16)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
+                pixel_values_videos=pixels.repeat(G, 1),
+                video_grid_thw=torch.tensor([prompt.grid] * G, device=DEVICE),
+                second_per_grid_ts=torch.tensor([prompt.seconds] * G))
+
+
+def usual_logp(model, prompt, completions, mask_video: bool = False):
+    """Per-token log-probabilities with full logits, row by row, as the released trainers do it."""
+    inputs = usual_inputs(prompt, len(completions), completions)
+    if mask_video:
+        inputs["attention_mask"] = (inputs["input_ids"] != model.config.video_token_id).long()
+    logits = model(**inputs, use_cache=False).logits[:, len(prompt.ids) - 1:-1]
+    rows = [row.log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, completions)]
+    return torch.stack(rows)
+
+
+def usual_generate(model, prompt, G: int, T: int, **more):
+    return model.generate(**usual_inputs(prompt, 1), do_sample=True, temperature=1.0, top_p=0.95, top_k=0,
+                          num_return_sequences=G, min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
+                          **more)[:, len(prompt.ids):]
