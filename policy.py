@@ -192,7 +192,7 @@ def token_stats(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Te
 
 @partial(compiled_on_cuda, dynamic=True)
 def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    """grad (n,) of logp as that of the logits (n, V): d logp / d logits = (the token's own 1) - p."""
+    """grad (n,) of logp as that of the logits (n, V): d logp/d logits = (1 at the token) - p."""
     p = torch.softmax(F.linear(hidden, weight).float(), -1)
     own = torch.arange(len(weight), device=ids.device) == ids[:, None]
     return ((own.float() - p) * grad[:, None]).to(weight.dtype)

@@ -32,7 +32,7 @@ def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
         multiply_together(mlp.gate_proj, mlp.up_proj)
         multiply_together(mlp.down_proj)
     for block in model.model.visual.blocks:
-        if hasattr(block.mlp, "gate_proj"):             # Qwen2.5-VL's; other widths are even
+        if hasattr(block.mlp, "gate_proj"):             # Qwen2.5-VL's; others are fine as is
             round_up(block.mlp)
     for layer in layers_of(model):
         able_to_recompute(layer)

@@ -237,7 +237,8 @@ def new_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
     """One token a word. The protocol's long sentences are one token each: prompts stay short."""
     sentences = [text.removeprefix("{Question}\n") for text in (QUESTION_TRAIN, QUESTION_EVAL)]
     sentences += sorted(text.strip() for text in set(TYPE.values()))
-    text = " ".join((*OPENINGS, *NOTICES, *CLOSINGS, *SHAPES, *COLOURS, *WAYS, *NUMBERS, WORDS + more))
+    words = (*OPENINGS, *NOTICES, *CLOSINGS, *SHAPES, *COLOURS, *WAYS, *NUMBERS, WORDS + more)
+    text = " ".join(words)
     words = dict.fromkeys((*SPECIAL, *TAGS, *text.split()))
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
