@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing (see run/env.sh) and runs the tests: CPU only, no network, a few minutes on two cores.
+# Installs what is missing (see run/env.sh) and runs the tests: CPU only, no network, a few minutes
+# on two cores.
 # bash test.sh --gpu [...]     the tests that need a GPU (tests/gpu), under nine minutes on one
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -9,9 +10,10 @@ if [ "${1:-}" = --gpu ]; then
     shift
     exec "$PY" -m pytest -q -rs -rP --durations=0 "$@" tests/gpu
 fi
-# one test needs a browser: root of a Debian gets it if there is a network, everybody else skips that test
+# one test needs a browser: root of a Debian gets it if there is a network, others skip that test
 if [ ! -x /usr/bin/chromium ] && command -v apt-get && [ "$(id -u)" = 0 ]; then
-    export DEBIAN_FRONTEND=noninteractive; timeout 60 apt-get -q update && timeout 180 apt-get -qy install --no-install-recommends chromium
+    export DEBIAN_FRONTEND=noninteractive
+    timeout 60 apt-get -q update && timeout 180 apt-get -qy install --no-install-recommends chromium
 fi </dev/null >/dev/null 2>&1 || true
 export CUDA_VISIBLE_DEVICES=
 exec "$PY" -m pytest -q -rs "$@" tests

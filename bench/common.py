@@ -1,4 +1,5 @@
-"""What the benchmarks share: clips of random frames, the usual way of scoring and generating, timing, notes."""
+"""What the benchmarks share: clips of random frames, the usual way of scoring and generating,
+timing, notes."""
 
 import json
 import os
@@ -17,7 +18,7 @@ from prompt import fit, patches
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
-DATASHEET = 4.8e12      # an H200's bytes per second by its datasheet
+DATASHEET = 4.8e12  # an H200's bytes per second by its datasheet
 BEGUN = time.time()
 
 
@@ -28,10 +29,16 @@ def commit() -> str:
 
 
 def new_results() -> dict:
-    return {"command": "python -m " + " ".join(["bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]), "commit": commit(),
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "dtype": "bfloat16",
-            "weights": "random, architecture of Qwen2.5-VL-7B"}
+    return {
+        "command": "python -m " + " ".join(["bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "commit": commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "dtype": "bfloat16",
+        "weights": "random, architecture of Qwen2.5-VL-7B",
+    }
 
 
 def note(results: dict, path: Path, **values) -> None:
@@ -58,21 +65,34 @@ def seconds(function, repeat: int = 1, warm: int = 0) -> float:
 
 def free() -> None:
     import gc
+
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 
 def peak() -> float:
-    return torch.cuda.max_memory_allocated() / 2 ** 30
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
-def new_prompt(processor, frames: int, height: int, width: int, pixels: int, seed: int = 0, kind: str = "video"):
+def new_prompt(
+    processor, frames: int, height: int, width: int, pixels: int, seed: int = 0, kind: str = "video"
+):
     """A clip (or still image) of random frames and a question that makes about 200 text tokens."""
     rng = np.random.default_rng(seed)
-    record = {"problem": "which way does the circle move " * 31, "data_type": kind, "problem_type": "numerical",
-              "options": [], "solution": "<answer>1</answer>", "problem_id": seed, "row": seed, "path": ""}
-    clip = fit(rng.integers(0, 255, (frames, height, width, 3), dtype=np.uint8), pixels, processor.vision)
+    record = {
+        "problem": "which way does the circle move " * 31,
+        "data_type": kind,
+        "problem_type": "numerical",
+        "options": [],
+        "solution": "<answer>1</answer>",
+        "problem_id": seed,
+        "row": seed,
+        "path": "",
+    }
+    clip = fit(
+        rng.integers(0, 255, (frames, height, width, 3), dtype=np.uint8), pixels, processor.vision
+    )
     return processor.prompt(record, clip, 0.5)
 
 
@@ -83,12 +103,19 @@ def usual_inputs(prompt, G: int, completions=None):
     kinds = torch.zeros_like(ids)
     kinds[:, prompt.visual.to(DEVICE)] = 2
     if completions is not None:
-        ids, kinds = torch.cat([ids, completions], 1), torch.cat([kinds, torch.zeros_like(completions)], 1)
+        ids, kinds = (
+            torch.cat([ids, completions], 1),
+            torch.cat([kinds, torch.zeros_like(completions)], 1),
+        )
     pixels = patches(prompt.frames.to(DEVICE), prompt.vision).to(torch.bfloat16)
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
-                pixel_values_videos=pixels.repeat(G, 1),
-                video_grid_thw=torch.tensor([prompt.grid] * G, device=DEVICE),
-                second_per_grid_ts=torch.tensor([prompt.seconds] * G))
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=kinds,
+        pixel_values_videos=pixels.repeat(G, 1),
+        video_grid_thw=torch.tensor([prompt.grid] * G, device=DEVICE),
+        second_per_grid_ts=torch.tensor([prompt.seconds] * G),
+    )
 
 
 def usual_logp(model, prompt, completions, mask_video: bool = False):
@@ -96,12 +123,23 @@ def usual_logp(model, prompt, completions, mask_video: bool = False):
     inputs = usual_inputs(prompt, len(completions), completions)
     if mask_video:
         inputs["attention_mask"] = (inputs["input_ids"] != model.config.video_token_id).long()
-    logits = model(**inputs, use_cache=False).logits[:, len(prompt.ids) - 1:-1]
-    rows = [row.log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, completions)]
+    logits = model(**inputs, use_cache=False).logits[:, len(prompt.ids) - 1 : -1]
+    rows = [
+        row.log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, completions)
+    ]
     return torch.stack(rows)
 
 
 def usual_generate(model, prompt, G: int, T: int, **more):
-    return model.generate(**usual_inputs(prompt, 1), do_sample=True, temperature=1.0, top_p=0.95, top_k=0,
-                          num_return_sequences=G, min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
-                          **more)[:, len(prompt.ids):]
+    return model.generate(
+        **usual_inputs(prompt, 1),
+        do_sample=True,
+        temperature=1.0,
+        top_p=0.95,
+        top_k=0,
+        num_return_sequences=G,
+        min_new_tokens=T,
+        max_new_tokens=T,
+        pad_token_id=0,
+        **more,
+    )[:, len(prompt.ids) :]

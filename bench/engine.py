@@ -1,14 +1,16 @@
-"""What a GRPO step costs at 7B on one GPU, ours and others' ways. Random weights; bench/results/engine.json.
+"""What a GRPO step costs at 7B on one GPU, ours and others' ways. Random weights;
+bench/results/engine.json.
 
     python -m bench.engine [PHASE ..]       default: decode plain ours four lengths memory
 
     decode    a token for 8 and for 32 sequences, against the time that reading the weights takes
     plain     plain GRPO of one image of 1,008 tokens, no reference: the setting of bench.trl
-    ours      the recipe's step with one prompt of 16 frames; four: with four; the optimizer is left out
+    ours      the recipe's step with one prompt of 16 frames, optimizer left out; four: with four
     lengths   ours, with completions of 100 to 512 tokens (fixed seed) in place of 512 each
     memory    peaks for 80 GB cards: 16 and 64 frames, beside an eighth of the optimizer's state
     offload   real steps with the optimizer's state in host memory
-    usual     generate, then forwards with the prompt repeated and logits everywhere; static: compiled cache
+    usual     generate, then forwards with the prompt repeated and logits everywhere
+    static    the same with transformers' compiled cache
 """
 
 import statistics
@@ -19,19 +21,30 @@ from functools import partial
 import torch
 
 from attribution import Rollout
-from bench.common import (DATASHEET, DEVICE, ROOT, free, new_prompt, new_results, note, peak, seconds,
-                          usual_generate, usual_logp)
+from bench.common import (
+    DATASHEET,
+    DEVICE,
+    ROOT,
+    free,
+    new_prompt,
+    new_results,
+    note,
+    peak,
+    seconds,
+    usual_generate,
+    usual_logp,
+)
 from engine import blank
 from engine.sharded import ShardedAdamW
 from engine.prepare import recompute
-from ktr import Scorer, learn
+from ktr import Scorer, divisor, learn
 from policy import Group, evaluating, load, sample, score_groups
 from run.logs import Clock
 from run.options import parse
 
 PHASES = ("decode", "plain", "ours", "four", "lengths", "memory", "offload", "usual", "static")
 G, T = 8, 512
-CLIP = 16, 252, 392, 128 * 784          # 1,008 video tokens
+CLIP = 16, 252, 392, 128 * 784  # 1,008 video tokens
 
 
 def drawn_lengths(seed: int, rows: int = G) -> list[int]:
@@ -42,7 +55,10 @@ def drawn_lengths(seed: int, rows: int = G) -> list[int]:
 
 def cut_short(group: Group, lengths: list[int]) -> Group:
     """The group as if its rows had ended after so many tokens."""
-    valid = torch.arange(group.ids.shape[1], device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    valid = (
+        torch.arange(group.ids.shape[1], device=DEVICE)
+        < torch.tensor(lengths, device=DEVICE)[:, None]
+    )
     return Group(group.ids, valid, group.logp, group.ended)
 
 
@@ -66,27 +82,43 @@ class Bench:
 
     def reading_time(self) -> float:
         """Seconds to read the weights that a token needs, at the bandwidth of a copy."""
-        x = torch.empty(2 ** 31, dtype=torch.uint8, device=DEVICE)
+        x = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
         y = torch.empty_like(x)
-        bandwidth = 2 * 2 ** 31 / seconds(lambda: [y.copy_(x) for _ in range(10)], 3, 1) * 10
+        bandwidth = 2 * 2**31 / seconds(lambda: [y.copy_(x) for _ in range(10)], 3, 1) * 10
         model = self.model
-        weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + model.lm_head.weight.numel()
-        self.note(bandwidth_bytes_per_s=bandwidth, weights_read_bytes=2 * weights,
-                  floor_s_per_token=2 * weights / bandwidth)
+        weights = (
+            sum(p.numel() for p in model.model.language_model.layers.parameters())
+            + model.lm_head.weight.numel()
+        )
+        self.note(
+            bandwidth_bytes_per_s=bandwidth,
+            weights_read_bytes=2 * weights,
+            floor_s_per_token=2 * weights / bandwidth,
+        )
         return 2 * weights / bandwidth
 
     def step(self, o, prompts, seed: int, lengths=None, optimizer=None) -> dict:
-        """Seconds by phase of one step as in ktr.main. Rewards are random, so that gradients are not zero."""
+        """Seconds by phase of one step as in ktr.main. Rewards are random, so that gradients are
+        not zero."""
         clock, limit = Clock(DEVICE), max(max(n) for n in lengths) if lengths else o.max_new_tokens
-        groups = sample(self.model, prompts, o.G, limit, top_p=o.top_p, seeds=range(seed, seed + len(prompts)), ends=())
+        groups = sample(
+            self.model,
+            prompts,
+            o.G,
+            limit,
+            top_p=o.top_p,
+            seeds=range(seed, seed + len(prompts)),
+            ends=(),
+        )
         if lengths:
             groups = [cut_short(group, n) for group, n in zip(groups, lengths)]
         clock("sample")
         for i, (prompt, group) in enumerate(zip(prompts, groups)):
             r = Rollout(prompt, group, seed + i)
             r.accuracy = torch.rand(o.G, generator=torch.Generator().manual_seed(i))
-            r.format = r.ordered = torch.zeros(o.G)
-            learn(o, self.scorer, self.reference if o.beta else None, [r], 1.0, clock)
+            r.format = r.extra = torch.zeros(o.G)
+            total = divisor(o, [r], 1, DEVICE)
+            learn(o, self.scorer, self.reference if o.beta else None, [r], 1.0, total, clock)
         if optimizer:
             optimizer.grad_norm()
             optimizer.step(1e-6)
@@ -95,16 +127,29 @@ class Bench:
         return {**clock.seconds, "total": sum(clock.seconds.values())}
 
     def steps(self, o, prompts, repeat: int = 3, lengths=None, **more) -> dict:
-        """The median of some steps after a first, which compiles; lengths: a seed, for completions that end."""
+        """The median of some steps after a first, which compiles; lengths: a seed, for
+        completions that end."""
+
         def drawn(i):
-            return None if lengths is None else [drawn_lengths(lengths + 100 * i + n) for n in range(len(prompts))]
+            return (
+                None
+                if lengths is None
+                else [drawn_lengths(lengths + 100 * i + n) for n in range(len(prompts))]
+            )
+
         first = self.step(o, prompts, 0, drawn(0), **more)["total"]
         torch.cuda.reset_peak_memory_stats()
         found = [self.step(o, prompts, 10 + i, drawn(i), **more) for i in range(repeat)]
         found.sort(key=lambda phases: phases["total"])
         middle = found[len(found) // 2]
-        return {"step": middle["total"], "per_prompt": middle["total"] / len(prompts), "phases": middle,
-                "all_steps": [phases["total"] for phases in found], "first_step_s": first, "peak_gib": peak()}
+        return {
+            "step": middle["total"],
+            "per_prompt": middle["total"] / len(prompts),
+            "phases": middle,
+            "all_steps": [phases["total"] for phases in found],
+            "first_step_s": first,
+            "peak_gib": peak(),
+        }
 
     def decode(self, N: int) -> None:
         """A token for 8 N sequences, and what the first call costs (it compiles and captures)."""
@@ -112,19 +157,40 @@ class Bench:
         first = seconds(lambda: sample(self.model, prompts, G, T, ends=()))
         d = self.model.__dict__["_decoders"][G, 1.0, 0.95, 0]
         with evaluating(self.model):
-            d.start([len(p.ids) for p in prompts], [p.next_position for p in prompts], range(N), T, ())
-            times = [seconds(lambda: [d.advance() for _ in range(T // 8 - 1)]) / (T // 8 - 1) for _ in range(8)]
+            d.start(
+                [len(p.ids) for p in prompts], [p.next_position for p in prompts], range(N), T, ()
+            )
+            times = [
+                seconds(lambda: [d.advance() for _ in range(T // 8 - 1)]) / (T // 8 - 1)
+                for _ in range(8)
+            ]
         per = statistics.mean(times)
         read = self.results["weights_read_bytes"]
-        self.note(**{f"decode_{N * G}": {"s_per_token": per, "over_floor": per / self.floor, "first_call_s": first,
-                                         "share_of_measured_bandwidth": self.floor / per,
-                                         "share_of_datasheet_bandwidth": read / per / DATASHEET}})
+        self.note(
+            **{
+                f"decode_{N * G}": {
+                    "s_per_token": per,
+                    "over_floor": per / self.floor,
+                    "first_call_s": first,
+                    "share_of_measured_bandwidth": self.floor / per,
+                    "share_of_datasheet_bandwidth": read / per / DATASHEET,
+                }
+            }
+        )
 
     def ours(self, N: int, name: str) -> None:
         prompts = self.prompts(N)
         whole = self.steps(options(), prompts)
         without = self.steps(options("--signals", "all"), prompts, 3 if N == 1 else 1)["step"]
-        self.note(**{name: {**whole, "without_signals": without, "signals_share": 1 - without / whole["step"]}})
+        self.note(
+            **{
+                name: {
+                    **whole,
+                    "without_signals": without,
+                    "signals_share": 1 - without / whole["step"],
+                }
+            }
+        )
 
     def gap(self) -> None:
         """How far sampling and scoring in bf16 are apart."""
@@ -138,13 +204,26 @@ class Bench:
         """Peak of a step of 768 tokens beside the state that one rank of eight holds."""
         self.model.__dict__.pop("_decoders", None)
         free()
-        state = torch.zeros(12 * sum(p.numel() for p in self.model.parameters()) // 8, dtype=torch.uint8, device=DEVICE)
-        side = int(pixels ** 0.5)
+        state = torch.zeros(
+            12 * sum(p.numel() for p in self.model.parameters()) // 8,
+            dtype=torch.uint8,
+            device=DEVICE,
+        )
+        side = int(pixels**0.5)
         prompt = new_prompt(self.processor, frames, side, side, pixels)
         found = self.steps(options("--max_new_tokens", "768"), [prompt], 1)
-        reserved = torch.cuda.max_memory_reserved() / 2 ** 30
-        self.note(**{name: {**found, "video_tokens": int(prompt.visual.sum()), "T": 768, "reserved_gib": reserved,
-                            "state_gib": state.numel() / 2 ** 30}})
+        reserved = torch.cuda.max_memory_reserved() / 2**30
+        self.note(
+            **{
+                name: {
+                    **found,
+                    "video_tokens": int(prompt.visual.sum()),
+                    "T": 768,
+                    "reserved_gib": reserved,
+                    "state_gib": state.numel() / 2**30,
+                }
+            }
+        )
 
     def offload(self) -> None:
         """Real steps: the optimizer's whole state in pinned host memory."""
@@ -158,17 +237,23 @@ class Bench:
             self.note(**{f"offload_{N}": {**found, "pinning_s": pinned, "host_bytes": host}})
 
     def usual(self, static: bool) -> None:
-        """transformers as it is: the same rollouts, signals and reference; static: with its compiled cache."""
+        """transformers as it is: the same rollouts, signals and reference; static: with its
+        compiled cache."""
         self.model.__dict__.pop("_decoders", None)
         free()
-        model, (prompt,) = blank.model("random:7b", blank.tokenizer(), DEVICE, torch.bfloat16).eval(), self.prompts(1)
+        model, (prompt,) = (
+            blank.model("random:7b", blank.tokenizer(), DEVICE, torch.bfloat16).eval(),
+            self.prompts(1),
+        )
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.generation_config.eos_token_id = None
         more = {"cache_implementation": "static"} if static else {}
         usual_generate(model, prompt, G, T if static else 8, **more)
         phases, kept = {}, {}
         with torch.no_grad():
-            phases["sample"] = seconds(lambda: kept.update(ids=usual_generate(model, prompt, G, T, **more)))
+            phases["sample"] = seconds(
+                lambda: kept.update(ids=usual_generate(model, prompt, G, T, **more))
+            )
             ids, shuffled = kept["ids"], prompt.reordered(torch.randperm(len(prompt.frames)))
             usual_logp(model, prompt, ids[:1])
             phases["reference"] = seconds(lambda: usual_logp(model, prompt, ids))
@@ -176,9 +261,18 @@ class Bench:
             phases["shuffled"] = seconds(lambda: usual_logp(model, shuffled, ids))
         model.train()
         phases["policy"] = seconds(lambda: kept.update(logp=usual_logp(model, prompt, ids)))
-        phases["backward"] = seconds(lambda: (kept["logp"] - kept["logp"].detach()).exp().mean().backward())
-        self.note(**{"usual_static" if static else "usual": {
-            "phases": phases, "step": sum(phases.values()), "peak_gib": peak()}})
+        phases["backward"] = seconds(
+            lambda: (kept["logp"] - kept["logp"].detach()).exp().mean().backward()
+        )
+        self.note(
+            **{
+                "usual_static" if static else "usual": {
+                    "phases": phases,
+                    "step": sum(phases.values()),
+                    "peak_gib": peak(),
+                }
+            }
+        )
 
 
 def options(*more: str):
@@ -200,8 +294,10 @@ def main() -> None:
     if "plain" in asked:
         b.note(plain_image=b.steps(plain, b.prompts(1, "image")))
     if "lengths" in asked:
-        b.note(lengths_1=b.steps(options(), b.prompts(1), lengths=0),
-               lengths_plain_image=b.steps(plain, b.prompts(1, "image"), lengths=0))
+        b.note(
+            lengths_1=b.steps(options(), b.prompts(1), lengths=0),
+            lengths_plain_image=b.steps(plain, b.prompts(1, "image"), lengths=0),
+        )
     if "four" in asked:
         b.decode(4)
         b.ours(4, "ours_4")

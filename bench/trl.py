@@ -1,10 +1,12 @@
-"""TRL's GRPOTrainer at 7B on one GPU: plain GRPO, one image of 1,008 tokens, G = 8, T = 512, no reference.
+"""TRL's GRPOTrainer at 7B on one GPU: plain GRPO, one image of 1,008 tokens, G = 8, T = 512, no
+reference.
 
     python -m bench.trl             needs trl, datasets, accelerate; bench/results/trl.json
 
-The same setting of ours is `python -m bench.engine plain lengths`. Gradient checkpointing and bf16 as there; SGD in
-place of AdamW, whose state would not fit (the optimizer is left out of our figures). Rewards are random.
-Steps 2, 3: 512 tokens each. Steps 4, 5: rows end after 100 to 512 tokens, drawn as in bench.engine.
+The same setting of ours is `python -m bench.engine plain lengths`. Gradient checkpointing and bf16
+as there; SGD in place of AdamW, whose state would not fit (the optimizer is left out of our
+figures). Rewards are random. Steps 2, 3: 512 tokens each. Steps 4, 5: rows end after 100 to 512
+tokens, drawn as in bench.engine.
 """
 
 import time
@@ -34,7 +36,9 @@ class EndAt(LogitsProcessor):
         self.done += 1
         ending = self.done >= self.lengths
         scores[:, self.end] = torch.where(ending, 0.0, -torch.inf)
-        scores[ending] = torch.where(torch.arange(scores.shape[1], device=DEVICE) == self.end, 0.0, -torch.inf)
+        scores[ending] = torch.where(
+            torch.arange(scores.shape[1], device=DEVICE) == self.end, 0.0, -torch.inf
+        )
         return scores
 
 
@@ -58,9 +62,15 @@ def main() -> None:
     tokenizer = blank.tokenizer()
     tokenizer.padding_side = "left"
     model = blank.model("random:7b", tokenizer, DEVICE, torch.bfloat16)
-    processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(),
-                                    chat_template=tokenizer.chat_template)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1008, 784, 3), dtype=np.uint8))
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(),
+        tokenizer,
+        Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (1008, 784, 3), dtype=np.uint8)
+    )
     question = "which way does the circle move " * 31
     rows = [{"prompt": [{"role": "user", "content": question}], "image": image} for _ in range(6)]
     watch = Watch()
@@ -68,10 +78,14 @@ def main() -> None:
 
     def watched(*arguments, **more):
         number = len(watch.steps)
-        lengths = drawn_lengths(100 * (number - watch.early)) if number >= watch.early else [T + 1] * G
+        lengths = (
+            drawn_lengths(100 * (number - watch.early)) if number >= watch.early else [T + 1] * G
+        )
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        out = generate(*arguments, logits_processor=[EndAt(lengths, tokenizer.eos_token_id)], **more)
+        out = generate(
+            *arguments, logits_processor=[EndAt(lengths, tokenizer.eos_token_id)], **more
+        )
         torch.cuda.synchronize()
         watch.sampling.append(time.perf_counter() - begun)
         return out
@@ -79,16 +93,44 @@ def main() -> None:
     model.generate = watched
     rng = np.random.default_rng(0)
     config = GRPOConfig(
-        output_dir="/tmp/trl", per_device_train_batch_size=G, num_generations=G, max_completion_length=T, beta=0.0,
-        temperature=1.0, top_p=0.95, bf16=True, gradient_checkpointing=True, optim="sgd", learning_rate=1e-6,
-        max_steps=5, logging_steps=1, report_to=[], save_strategy="no", remove_unused_columns=False)
-    trainer = GRPOTrainer(model, lambda completions, **_: rng.random(len(completions)).tolist(), config,
-                          Dataset.from_list(rows), processing_class=processor, callbacks=[watch])
+        output_dir="/tmp/trl",
+        per_device_train_batch_size=G,
+        num_generations=G,
+        max_completion_length=T,
+        beta=0.0,
+        temperature=1.0,
+        top_p=0.95,
+        bf16=True,
+        gradient_checkpointing=True,
+        optim="sgd",
+        learning_rate=1e-6,
+        max_steps=5,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    trainer = GRPOTrainer(
+        model,
+        lambda completions, **_: rng.random(len(completions)).tolist(),
+        config,
+        Dataset.from_list(rows),
+        processing_class=processor,
+        callbacks=[watch],
+    )
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    note(results, path, trl=trl_version, steps_512=watch.steps[1:3], sampling_512=watch.sampling[1:3],
-         steps_100_to_512=watch.steps[3:], sampling_100_to_512=watch.sampling[3:], peak_gib=peak(),
-         first_step_s=watch.steps[0])
+    note(
+        results,
+        path,
+        trl=trl_version,
+        steps_512=watch.steps[1:3],
+        sampling_512=watch.sampling[1:3],
+        steps_100_to_512=watch.steps[3:],
+        sampling_100_to_512=watch.sampling[3:],
+        peak_gib=peak(),
+        first_step_s=watch.steps[0],
+    )
 
 
 if __name__ == "__main__":

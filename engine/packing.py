@@ -1,15 +1,16 @@
 """Sharing the prompt: the packed row, the step over a shared cache, and the attention of both.
 
-Scoring puts a prompt and its completions in one row, [prompt | o_1 | .. | o_G], in which every completion
-sees the prompt and itself: the prompt is computed once, forward and backward. Decoding keeps one row of keys
-and values per prompt whose slots after the prompt are dealt out in turn, token t of completion g in slot
-t*G + g, so the G tokens of a step are G queries over the same keys.
+Scoring puts a prompt and its completions in one row, [prompt | o_1 | .. | o_G], in which every
+completion sees the prompt and itself: the prompt is computed once, forward and backward. Decoding
+keeps one row of keys and values per prompt whose slots after the prompt are dealt out in turn,
+token t of completion g in slot t*G + g, so the G tokens of a step are G queries over the same keys.
 
-Both reach the model through transformers' attention interface, so its own forward runs unchanged: it hands
-the keyword `layout`, a `Packed` row or a decoding `Step`, down to every layer's attention. On CUDA the packed row is one call of
-torch's variable-length attention with the prompt's keys prepended to each completion's, and the step is one
-FlexAttention kernel that splits the keys over the chip; elsewhere (and for the packed row in fp32, which that
-kernel does not take) both are SDPA under a mask.
+Both reach the model through transformers' attention interface, so its own forward runs unchanged:
+it hands the keyword `layout`, a `Packed` row or a decoding `Step`, down to every layer's attention.
+On CUDA the packed row is one call of torch's variable-length attention with the prompt's keys
+prepended to each completion's, and the step is one FlexAttention kernel that splits the keys over
+the chip; elsewhere (and for the packed row in fp32, which that kernel does not take) both are SDPA
+under a mask.
 """
 
 from dataclasses import dataclass
@@ -28,26 +29,29 @@ except ImportError:  # a torch built without it; only CUDA needs it
 
 @dataclass
 class Packed:
-    """Layout of packed rows: sequences 0, 1, .. are prompt 1, its completions, prompt 2, its completions, ..
+    """Layout of packed rows: sequences 0, 1, .. are prompt 1, its completions, prompt 2, its
+    completions, ..
 
-    Sequence s has the queries cu_q[s]:cu_q[s+1] of the row; its keys are keys[cu_k[s]:cu_k[s+1]], the last
-    of which are its own tokens, causally. `blocks` says the same for SDPA: (start, end, mask) per prompt.
+    Sequence s has the queries cu_q[s]:cu_q[s+1] of the row; its keys are keys[cu_k[s]:cu_k[s+1]],
+    the last of which are its own tokens, causally. `blocks` says the same for SDPA: (start, end,
+    mask) per prompt.
     """
     cu_q: Tensor                                        # (S+1,) int32
     cu_k: Tensor                                        # (S+1,) int32
     keys: Tensor                                        # (K,) indices into the row
     max_q: int
     max_k: int
-    blocks: list[tuple[int, int, Tensor]]               # mask (1, 1, n, n) bool, True where a query may look
-    store: tuple[Tensor, Tensor] | None = None          # of each token of the row: its place (prompt, slot) in the layers' `kv`
+    blocks: list[tuple[int, int, Tensor]]  # mask (1, 1, n, n) bool, True where a query may look
+    store: tuple[Tensor, Tensor] | None = None  # each token's (prompt, slot) in the layers' `kv`
 
 
 @dataclass
 class Step:
-    """One decoding step: N prompts' rows of slots, G new tokens each. The layers' `kv` holds keys and values,
-    each (N, heads, slots, head_dim); the new tokens go to `slots` (G,) and look at what `sees` lets them."""
+    """One decoding step: N prompts' rows of slots, G new tokens each. The layers' `kv` holds
+    keys and values, each (N, heads, slots, head_dim); the new tokens go to `slots` (G,) and look
+    at what `sees` lets them."""
     slots: Tensor
-    sees: BlockMask | Tensor                            # over all slots, or dense (N, 1, G, n) over the first n
+    sees: BlockMask | Tensor  # over all slots, or dense (N, 1, G, n) over the first n
 
 
 def has_varlen(x: Tensor) -> bool:
@@ -55,7 +59,8 @@ def has_varlen(x: Tensor) -> bool:
 
 
 def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds: Tensor) -> Packed:
-    """The layout of one row that holds every prompt followed by its completions, for attention over `embeds`."""
+    """The layout of one row that holds every prompt followed by its completions, for attention
+    over `embeds`."""
     q_lengths, k_lengths, keys, blocks, start = [], [], [], [], 0
     for P, own in zip(prompt_lengths, completion_lengths):
         prompt, end = torch.arange(start, start + P), start + P + sum(own)
@@ -65,17 +70,21 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
         for n, tail in zip(own, torch.arange(start + P, end).split(own)):
             keys += [prompt, tail]
         if not has_varlen(embeds):
-            owner = torch.repeat_interleave(torch.arange(len(own) + 1), torch.tensor([P, *own]))  # 0 is the prompt
+            counts = torch.tensor([P, *own])
+            owner = torch.repeat_interleave(torch.arange(len(own) + 1), counts)     # 0: the prompt
             sees = (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
             blocks.append((start, end, sees.tril()[None, None].to(embeds.device)))
         start = end
-    cumulative = [F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(embeds.device, torch.int32) for x in (q_lengths, k_lengths)]
-    return Packed(*cumulative, torch.cat(keys).to(embeds.device), max(q_lengths), max(k_lengths), blocks)
+    cu_q, cu_k = (F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(embeds.device, torch.int32)
+                  for x in (q_lengths, k_lengths))
+    index = torch.cat(keys).to(embeds.device)
+    return Packed(cu_q, cu_k, index, max(q_lengths), max(k_lengths), blocks)
 
 
 def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
                    layout: Packed | Step, scaling: float | None = None, **_) -> tuple[Tensor, None]:
-    """Attention of the language model. query (B, H, Q, D), key and value (B, H_kv, Q, D); returns (B, Q, H, D)."""
+    """Attention of the language model. query (B, H, Q, D), key and value (B, H_kv, Q, D);
+    returns (B, Q, H, D)."""
     if isinstance(layout, Step):
         return step_attention(query, key, value, layout, *module.kv, scaling), None
     row = layout
@@ -85,41 +94,49 @@ def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_
     if has_varlen(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))               # (L, heads, D)
         k, v = k.index_select(0, row.keys), v.index_select(0, row.keys)
-        return varlen_attn(q, k, v, row.cu_q, row.cu_k, row.max_q, row.max_k, window_size=(-1, 0), **GROUPED)[None], None
+        out = varlen_attn(q, k, v, row.cu_q, row.cu_k, row.max_q, row.max_k,
+                          window_size=(-1, 0), **GROUPED)           # causal
+        return out[None], None
     parts = [F.scaled_dot_product_attention(*(x[:, :, start:end] for x in (query, key, value)),
                                             attn_mask=sees, scale=scaling, enable_gqa=True)
              for start, end, sees in row.blocks]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def step_attention(query: Tensor, key: Tensor, value: Tensor, step: Step, keys: Tensor, values: Tensor,
-                   scaling: float | None) -> Tensor:
-    """query (N, H, G, D), key and value (N, H_kv, G, D) -> (N, G, H, D), over keys and values (N, H_kv, slots, D)."""
+def step_attention(query: Tensor, key: Tensor, value: Tensor, step: Step, keys: Tensor,
+                   values: Tensor, scaling: float | None) -> Tensor:
+    """query (N, H, G, D), key and value (N, H_kv, G, D) -> (N, G, H, D), over keys and values
+    (N, H_kv, slots, D)."""
     keys.index_copy_(2, step.slots, key)
     values.index_copy_(2, step.slots, value)
-    if isinstance(step.sees, BlockMask):                # a key head's query heads become queries, so that any number
-        N, H, G, D = query.shape                        # of them gets the kernel that splits the keys
+    if isinstance(step.sees, BlockMask):    # a key head's query heads become queries, so that any
+        N, H, G, D = query.shape            # number of them gets the kernel that splits the keys
         folded = query.reshape(N, keys.shape[1], -1, D)
         out = flex_attention(folded, keys, values, block_mask=step.sees, scale=scaling,
-                             kernel_options={"BLOCK_N": 32, "SPLIT_KV": 64 if N == 1 else 32})     # bench/NOTES.md
+                             kernel_options={"BLOCK_N": 32, "SPLIT_KV": 64 if N == 1 else 32})
         return out.view(N, H, G, D).transpose(1, 2)
     n = step.sees.shape[-1]
-    out = F.scaled_dot_product_attention(query, keys[:, :, :n], values[:, :, :n], attn_mask=step.sees, scale=scaling,
-                                         enable_gqa=True)
+    out = F.scaled_dot_product_attention(query, keys[:, :, :n], values[:, :, :n],
+                                         attn_mask=step.sees, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2)
 
 
-def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
-                     cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **_) -> tuple[Tensor, None]:
-    """Attention inside the vision tower's windows, all windows in one call. query (1, H, L, D) -> (1, L, H, D)."""
+def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
+                     scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
+                     max_length_q: int | None = None, **_) -> tuple[Tensor, None]:
+    """Attention inside the vision tower's windows, all windows in one call. query (1, H, L, D)
+    -> (1, L, H, D)."""
     if has_varlen(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)[None], None
+        cu = cu_seq_lens_q
+        return varlen_attn(q, k, v, cu, cu, max_length_q, max_length_q)[None], None
     lengths = cu_seq_lens_q.diff()
     out = torch.empty_like(query)
     for n in lengths.unique().tolist():                 # windows of one size make one batch
-        index = (cu_seq_lens_q[:-1][lengths == n, None] + torch.arange(n, device=query.device)).flatten()
-        q, k, v = (x[0][:, index].unflatten(1, (-1, n)).transpose(0, 1) for x in (query, key, value))   # (W, H, n, D)
+        starts = cu_seq_lens_q[:-1][lengths == n, None]
+        index = (starts + torch.arange(n, device=query.device)).flatten()
+        q, k, v = (x[0][:, index].unflatten(1, (-1, n)).transpose(0, 1)         # (W, H, n, D)
+                   for x in (query, key, value))
         got = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         out = out.index_copy(2, index, got.transpose(0, 1).flatten(1, 2)[None])
     return out.transpose(1, 2), None
@@ -129,4 +146,5 @@ def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
 NAMES = {"text_config": "shared_prompt", "vision_config": "flash_windows"}
 AttentionInterface.register(NAMES["text_config"], text_attention)
 AttentionInterface.register(NAMES["vision_config"], vision_attention)
-GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+options = getattr(varlen_attn, "__kwdefaults__", None) or {}
+GROUPED = {"enable_gqa": True} if "enable_gqa" in options else {}

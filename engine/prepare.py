@@ -1,7 +1,8 @@
 """A model made ready: its weights in one buffer, this project's attention, layers compiled once.
 
-`recompute` is gradient checkpointing (Chen et al. 2016): a layer keeps its input only and computes the rest
-again in the backward pass. `multiply_together` makes one product of those that share their input.
+`recompute` is gradient checkpointing (Chen et al. 2016): a layer keeps its input only and computes
+the rest again in the backward pass. `multiply_together` makes one product of those that share their
+input.
 """
 
 from functools import wraps
@@ -19,8 +20,8 @@ from engine.sharded import flatten
 def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The same model on `device`, in evaluation mode, for `policy.sample` and `policy.score`.
 
-    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length, and serve
-    all: norms, rotations and activations fuse. The first step pays for it.
+    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length,
+    and serve all: norms, rotations and activations fuse. The first step pays for it.
     """
     flatten(model, device)
     model.set_attn_implementation(NAMES)
@@ -57,11 +58,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
-    """Compile what `able_to_recompute` made of its forward, for any length or for the one it meets."""
+    """Compile what `able_to_recompute` made of its forward, for any length or for the one it
+    meets."""
     torch._dynamo.config.recompile_limit = 64           # with and without gradient, text alone, ..
     # else a norm's epsilon becomes an input, and g++ compiles for 20 s what converts it on the CPU
     torch._dynamo.config.specialize_float = True
-    if not how:         # inductor may pad a product or not, by timing both: off, for one form a layer
+    if not how:  # inductor may pad a product or not, by timing both: off, for one form a layer
         how = {"options": {"shape_padding": False}}
     # fullgraph: where the graph broke, recomputation would fall out of it
     compiled = torch.compile(layer.whole, dynamic=dynamic, fullgraph=True, **how)
@@ -82,9 +84,10 @@ def recompute(model: nn.Module, on: bool = True) -> nn.Module:
 
 
 def able_to_recompute(layer: nn.Module) -> None:
-    """Checkpointing inside the layer's forward, and so inside what is compiled: forward and recomputation are
-    traced as one graph. Outside it (transformers' own, up to 5.17), each would be compiled by itself, at the
-    mercy of guards and timings, and a recomputed value could have another shape than the one it stands for."""
+    """Checkpointing inside the layer's forward, and so inside what is compiled: forward and
+    recomputation are traced as one graph. Outside it (transformers' own, up to 5.17), each would
+    be compiled by itself, at the mercy of guards and timings, and a recomputed value could have
+    another shape than the one it stands for."""
     plain, layer.recomputes = layer.forward, False
 
     def forward(hidden_states: Tensor, **more) -> Tensor:
@@ -96,8 +99,8 @@ def able_to_recompute(layer: nn.Module) -> None:
 
 
 def round_up(mlp: nn.Module) -> None:
-    """Let a vision block's MLP multiply with zeros appended: the same result, but 3,420 columns are no multiple
-    of 8, and kernels for such matrices take four times as long."""
+    """Let a vision block's MLP multiply with zeros appended: the same result, but 3,420 columns
+    are no multiple of 8, and kernels for such matrices take four times as long."""
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
     short = -gate.out_features % 8
 
@@ -113,9 +116,11 @@ def round_up(mlp: nn.Module) -> None:
 
 
 def multiply_together(*linears: nn.Linear) -> None:
-    """Without gradients, the first of these neighbours in `flat` multiplies for all; the others take their part.
+    """Without gradients, the first of these neighbours in `flat` multiplies for all; the others
+    take their part.
 
-    A decoding step waits for small kernels as long as for large ones. With gradients all is as it was.
+    A decoding step waits for small kernels as long as for large ones. With gradients all is as it
+    was.
     """
     sizes, parts = [x.out_features for x in linears], []
     first, columns = linears[0], linears[0].in_features
@@ -132,7 +137,7 @@ def multiply_together(*linears: nn.Linear) -> None:
         return lambda x: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
 
     if not all(adjoin(a, b) for a, b in zip(linears, linears[1:])):
-        return                                          # sizes that are no multiples of 64: all as it was
+        return  # sizes that are no multiples of 64: all as it was
     for linear in linears[1:]:
         linear.forward = taking(linear)
     first.forward = joint

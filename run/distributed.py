@@ -1,7 +1,7 @@
 """Processes: how a run of several starts, agrees and ends.
 
-torchrun says how many there are; without it there is one. KTR_SHARE_GPU=1 lets several processes share the
-first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
+torchrun says how many there are; without it there is one. KTR_SHARE_GPU=1 lets several processes
+share the first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
 """
 
 import multiprocessing
@@ -16,8 +16,8 @@ import torch.distributed as dist
 def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
     """(rank, world size, device); NCCL on GPUs, else gloo.
 
-    The timeout is for ranks that wait: for rank 0 to write a checkpoint to a slow disk, say. A rank that
-    raises or dies does not need it; torchrun ends the others then.
+    The timeout is for ranks that wait: for rank 0 to write a checkpoint to a slow disk, say. A rank
+    that raises or dies does not need it; torchrun ends the others then.
     """
     if not torch.cuda.is_available():
         device, backend = torch.device("cpu"), "gloo"
@@ -46,9 +46,9 @@ def agree(ok: bool, device: torch.device) -> bool:
 def leave() -> None:
     """End this process now that its work is done: at once, without destructors and exit handlers.
 
-    inductor's handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's destructors
-    abort about one exit in 40 ("terminate called without an active exception"), which torchrun takes for a
-    failure of the whole run. What a run keeps is on the disk by now.
+    inductor's handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's
+    destructors abort about one exit in 40 ("terminate called without an active exception"), which
+    torchrun takes for a failure of the whole run. What a run keeps is on the disk by now.
     """
     if dist.is_initialized():
         dist.barrier()

@@ -9,11 +9,24 @@ from lab import toy
 
 # weights of the language models, head included, as technical reports and model cards give them
 # (Qwen2.5 3.09B, 7.61B, 32.8B; Qwen3 1.7B, 4.0B, 8.2B), and billions of the whole as on the hub
-TEXT = {"3b": 3_085_938_688, "7b": 7_615_616_512, "32b": 32_763_876_352,
-        "qwen2-7b": 7_615_616_512, "qwen3-2b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
-        "qwen3-8b": 8_190_735_360}
-WHOLE = {"3b": 3.75, "7b": 8.29, "32b": 33.5, "qwen2-7b": 8.29, "qwen3-2b": 2.13,
-         "qwen3-4b": 4.44, "qwen3-8b": 8.77}
+TEXT = {
+    "3b": 3_085_938_688,
+    "7b": 7_615_616_512,
+    "32b": 32_763_876_352,
+    "qwen2-7b": 7_615_616_512,
+    "qwen3-2b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+}
+WHOLE = {
+    "3b": 3.75,
+    "7b": 8.29,
+    "32b": 33.5,
+    "qwen2-7b": 8.29,
+    "qwen3-2b": 2.13,
+    "qwen3-4b": 4.44,
+    "qwen3-8b": 8.77,
+}
 TIED = ("3b", "qwen3-2b", "qwen3-4b")
 
 
@@ -37,7 +50,8 @@ def test_an_unknown_size_is_named():
 
 
 def test_seeds_make_different_random_weights(monkeypatch):
-    """Policy and reference differ, so that the KL is no constant 0; the policy is the same on every rank."""
+    """Policy and reference differ, so that the KL is no constant 0; the policy is the same on
+    every rank."""
     monkeypatch.setattr(blank, "config", lambda name, tokenizer: toy.new_config(tokenizer))
     made = [blank.model("random:7b", blank.tokenizer(), seed=seed) for seed in (0, 0, 1)]
     a, again, other = [m.model.language_model.layers[0].mlp.up_proj.weight for m in made]

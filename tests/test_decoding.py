@@ -9,27 +9,34 @@ NONE = torch.zeros(5).bool()
 
 
 def spread_evenly(logits, banned, temperature, top_p, top_k, n=4001):
-    """How often each token comes out when the draws go evenly through [0, 1): its probability, to 1/n."""
+    """How often each token comes out when the draws go evenly through [0, 1): its probability,
+    to 1/n."""
     draws = (torch.arange(n) + 0.5) / n
     token, logp = choose(logits.expand(n, -1), draws, banned, temperature, top_p, top_k)
-    assert torch.allclose(logp, logits.log_softmax(-1)[token])      # temperature 1, the whole vocabulary
+    assert torch.allclose(
+        logp, logits.log_softmax(-1)[token]
+    )  # temperature 1, the whole vocabulary
     return torch.bincount(token, minlength=logits.shape[-1]) / n
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k, want", [
-    (1.0, 1.0, 0, [0.1, 0.4, 0.2, 0.25, 0.05]),
-    (1.0, 0.8, 0, [0, 40 / 85, 20 / 85, 25 / 85, 0]),               # 0.4 + 0.25 < 0.8, so 0.2 still belongs
-    (1.0, 0.65, 0, [0, 40 / 65, 0, 25 / 65, 0]),                    # 0.4 + 0.25 has reached it
-    (1.0, 0.01, 0, [0, 1, 0, 0, 0]),                                # few can be too few, never none
-    (1.0, 1.0, 3, [0, 40 / 85, 20 / 85, 25 / 85, 0]),
-    (1.0, 0.75, 3, [0, 40 / 65, 0, 25 / 65, 0]),                    # 0.75 of the three's 0.85 is 0.6375
-    (0.5, 1.0, 2, [0, 1600 / 2225, 0, 625 / 2225, 0]),              # temperature 0.5 squares
-    (0.5, 0.5, 0, [0, 1, 0, 0, 0]),                                 # 0.16 of 0.275
-    (0.0, 0.95, 50, [0, 1, 0, 0, 0]),
-    (1.0, 0.95, 5, [10 / 95, 40 / 95, 20 / 95, 25 / 95, 0])])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k, want",
+    [
+        (1.0, 1.0, 0, [0.1, 0.4, 0.2, 0.25, 0.05]),
+        (1.0, 0.8, 0, [0, 40 / 85, 20 / 85, 25 / 85, 0]),  # 0.4 + 0.25 < 0.8, so 0.2 still belongs
+        (1.0, 0.65, 0, [0, 40 / 65, 0, 25 / 65, 0]),  # 0.4 + 0.25 has reached it
+        (1.0, 0.01, 0, [0, 1, 0, 0, 0]),  # few can be too few, never none
+        (1.0, 1.0, 3, [0, 40 / 85, 20 / 85, 25 / 85, 0]),
+        (1.0, 0.75, 3, [0, 40 / 65, 0, 25 / 65, 0]),  # 0.75 of the three's 0.85 is 0.6375
+        (0.5, 1.0, 2, [0, 1600 / 2225, 0, 625 / 2225, 0]),  # temperature 0.5 squares
+        (0.5, 0.5, 0, [0, 1, 0, 0, 0]),  # 0.16 of 0.275
+        (0.0, 0.95, 50, [0, 1, 0, 0, 0]),
+        (1.0, 0.95, 5, [10 / 95, 40 / 95, 20 / 95, 25 / 95, 0]),
+    ],
+)
 def test_distributions_by_hand(temperature, top_p, top_k, want):
     logits = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05]).log() + 3
-    top_p += 1e-6 * (top_p == 0.65)                                 # 0.4 + 0.25 is 0.65000004 in fp32
+    top_p += 1e-6 * (top_p == 0.65)  # 0.4 + 0.25 is 0.65000004 in fp32
     top_p -= 2e-6 * (top_p > 0.65 and top_p < 0.651)
     got = spread_evenly(logits, NONE, temperature, top_p, top_k)
     assert (got - torch.tensor(want)).abs().max() < 5e-4
@@ -47,9 +54,12 @@ def sorted_nucleus(p, top_p, top_k):
     return want / want.sum()
 
 
-@pytest.mark.parametrize("top_p, top_k", [(0.95, 0), (0.3, 0), (1.0, 0), (0.95, 50), (1.0, 7), (0.5, 200)])
+@pytest.mark.parametrize(
+    "top_p, top_k", [(0.95, 0), (0.3, 0), (1.0, 0), (0.95, 50), (1.0, 7), (0.5, 200)]
+)
 def test_a_flat_nucleus_is_exact(top_p, top_k):
-    """Hundreds of tokens are needed to reach top_p: where drawing until one fits would run out of draws."""
+    """Hundreds of tokens are needed to reach top_p: where drawing until one fits would run out
+    of draws."""
     torch.manual_seed(0)
     logits, banned = torch.randn(900), torch.zeros(900).bool()
     banned[7], logits[7] = True, 20.0
@@ -60,7 +70,9 @@ def test_a_flat_nucleus_is_exact(top_p, top_k):
 
 
 def test_the_border_is_the_last_that_reaches_top_p():
-    p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [1e-30, 1, 0, 1e-20]])
+    p = torch.tensor(
+        [[0.5, 0.3, 0.15, 0.05], [1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [1e-30, 1, 0, 1e-20]]
+    )
     for top_p in (0.2, 0.6, 0.9):
         border = nucleus_border(p, top_p)
         above = torch.where(p > border, p, 0).sum(-1)
@@ -72,12 +84,16 @@ def test_inverse_cdf_finds_what_a_scan_finds():
     torch.manual_seed(0)
     p = (torch.randn(64, 5000) * 3).softmax(-1)
     p[:, :700] = 0
-    p[:, 4000:] = 0                                                 # whole blocks without mass at both ends
+    p[:, 4000:] = 0  # whole blocks without mass at both ends
     draws = torch.rand(64)
-    exact = torch.searchsorted(p.double().cumsum(-1), draws[:, None].double() * p.double().sum(-1, keepdim=True), right=True)
+    exact = torch.searchsorted(
+        p.double().cumsum(-1),
+        draws[:, None].double() * p.double().sum(-1, keepdim=True),
+        right=True,
+    )
     assert torch.equal(inverse_cdf(p, draws), exact[:, 0])
     assert (inverse_cdf(p, torch.zeros(64)) == 700).all()
-    for high in (1 - 2 ** -24, 1.0):                                # even a draw that rounds to the whole mass
+    for high in (1 - 2**-24, 1.0):  # even a draw that rounds to the whole mass
         last = inverse_cdf(p, torch.full((64,), high))
         assert (p.gather(1, last[:, None]) > 0).all()
 
@@ -91,10 +107,14 @@ def test_blocks_in_use_cover_exactly_what_is_seen():
         whole, mixed, listing = blocks_in_use(lengths, used, room, count)
         slots = torch.arange(count * BLOCK)
         own = slots - room
-        sees = (slots < lengths[:, None]) | ((own >= 0) & (own < used[:, None]))    # by any completion
+        sees = (slots < lengths[:, None]) | (
+            (own >= 0) & (own < used[:, None])
+        )  # by any completion
         for n in range(4):
             blocks = sees[n].view(count, BLOCK)
-            listed = listing[n, :mixed[n]].tolist()
-            assert blocks[:whole[n]].all() and (slots[:whole[n] * BLOCK] < lengths[n]).all()
+            listed = listing[n, : mixed[n]].tolist()
+            assert blocks[: whole[n]].all() and (slots[: whole[n] * BLOCK] < lengths[n]).all()
             assert len(set(listed)) == len(listed) and not set(listed) & set(range(int(whole[n])))
-            assert {b for b in range(count) if blocks[b].any()} == set(range(int(whole[n]))) | set(listed)
+            assert {b for b in range(count) if blocks[b].any()} == set(range(int(whole[n]))) | set(
+                listed
+            )

@@ -12,8 +12,9 @@ from policy import Group, score
 
 @pytest.fixture()
 def compiled(tiny):
-    """The tiny model with compiled decoder layers, without a code generator (that is inductor's, on a GPU).
-    The vision blocks stay as they are: on CPU, attention window by window cannot be one graph."""
+    """The tiny model with compiled decoder layers, without a code generator (that is inductor's,
+    on a GPU). The vision blocks stay as they are: on CPU, attention window by window cannot be
+    one graph."""
     layers = tiny[0].model.language_model.layers
     torch._dynamo.reset()
     for layer in layers:
@@ -44,13 +45,15 @@ def groups_of(lengths):
 
 
 def test_recomputation_is_compiled_with_the_forward(compiled, prompts, monkeypatch):
-    """torch's checkpointing never runs by itself: if it did, forward and recomputation would be two compiled
-    forms, whose saved tensors may differ in shape (CheckpointError at 3B and 7B, by luck)."""
+    """torch's checkpointing never runs by itself: if it did, forward and recomputation would be
+    two compiled forms, whose saved tensors may differ in shape (CheckpointError at 3B and 7B, by
+    luck)."""
+
     def outside(*_, **__):
         raise AssertionError("checkpointing ran outside the compiled layer")
 
-    cases = [(prompts[0], [5, 3, 7]), (prompts[-1], [6])]                       # a clip and an image
-    gradients(compiled, prompts[0], groups_of([9, 3]), on=True)                 # traced here
+    cases = [(prompts[0], [5, 3, 7]), (prompts[-1], [6])]  # a clip and an image
+    gradients(compiled, prompts[0], groups_of([9, 3]), on=True)  # traced here
     monkeypatch.setattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", outside)
     for prompt, lengths in cases:
         group = groups_of(lengths)
@@ -61,7 +64,8 @@ def test_recomputation_is_compiled_with_the_forward(compiled, prompts, monkeypat
 
 
 def test_numbers_are_no_inputs(tiny, prompts):
-    """An epsilon that became an input would be converted on the CPU, by a kernel that g++ compiles for 20 s."""
+    """An epsilon that became an input would be converted on the CPU, by a kernel that g++
+    compiles for 20 s."""
     kinds = []
 
     def backend(graph, inputs):
@@ -81,10 +85,13 @@ def test_a_layer_that_recomputes_keeps_its_input_only(tiny, prompts):
     def kept(on):
         prepare.recompute(tiny[0], on)
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.numel()) or x, lambda x: x
+        ):
             score(tiny[0], prompts[0], groups_of([40, 40]))[0]
         prepare.recompute(tiny[0], False)
         return sum(sizes)
+
     assert kept(True) < 0.5 * kept(False)
 
 

@@ -16,12 +16,34 @@ from prompt import fit
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def command(data: Path, out: Path, *more: str, processes: int = 1, model: str = "cold_start",
-            script: str = "ktr.py") -> list[str]:
+def command(
+    data: Path,
+    out: Path,
+    *more: str,
+    processes: int = 1,
+    model: str = "cold_start",
+    script: str = "ktr.py",
+) -> list[str]:
     """torchrun of a short training run on the GPU."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    options = {"--model": model, "--data": data, "--videos": data.parent, "--out": out, "--max_steps": 5,
-               "--max_new_tokens": 32, "--G": 4, "--workers": 1, "--save_every": 0}
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    options = {
+        "--model": model,
+        "--data": data,
+        "--videos": data.parent,
+        "--out": out,
+        "--max_steps": 5,
+        "--max_new_tokens": 32,
+        "--G": 4,
+        "--workers": 1,
+        "--save_every": 0,
+    }
     options.update(zip(more[::2], more[1::2]))
     return [*run, script, *(str(x) for pair in options.items() for x in pair)]
 
@@ -32,8 +54,15 @@ def environment(**more: str) -> dict[str, str]:
 
 def finish(arguments: list[str], timeout: float = 180, **env: str) -> str:
     """Run to the end; its output. Fails with the output if it fails."""
-    done = subprocess.run(arguments, cwd=ROOT, env=environment(**env), timeout=timeout, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env=environment(**env),
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
@@ -44,10 +73,15 @@ def steps_of(out: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
-    """data.json whose order in a run of two ranks (seed 42) gives rank 0 clips, and rank 1 an image or a broken clip."""
+    """data.json whose order in a run of two ranks (seed 42) gives rank 0 clips, and rank 1 an
+    image or a broken clip."""
     folder = tmp_path_factory.mktemp("clips")
-    subprocess.run([sys.executable, "-m", "lab.dryrun", "clips", folder, "--frames", "8"], cwd=ROOT, check=True,
-                   env=environment())
+    subprocess.run(
+        [sys.executable, "-m", "lab.dryrun", "clips", folder, "--frames", "8"],
+        cwd=ROOT,
+        check=True,
+        env=environment(),
+    )
     (folder / "broken.y4m").write_bytes((folder / "0.y4m").read_bytes()[:100])
     noise = np.random.default_rng(0).integers(0, 255, (112, 140, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "image.png")
@@ -65,6 +99,14 @@ def clips(tmp_path_factory) -> Path:
 def random_prompt(processor, frames: int, height: int, width: int, words: int = 186, seed: int = 0):
     """A clip of random frames and a question of so many words."""
     clip = np.random.default_rng(seed).integers(0, 255, (frames, height, width, 3), dtype=np.uint8)
-    record = {"problem": "which way does the circle move " * (words // 6), "data_type": "video", "options": [],
-              "problem_type": "numerical", "solution": "<answer>1</answer>", "problem_id": seed, "row": seed, "path": ""}
+    record = {
+        "problem": "which way does the circle move " * (words // 6),
+        "data_type": "video",
+        "options": [],
+        "problem_type": "numerical",
+        "solution": "<answer>1</answer>",
+        "problem_id": seed,
+        "row": seed,
+        "path": "",
+    }
     return processor.prompt(record, fit(clip, height * width, processor.vision), 0.5)

@@ -12,9 +12,9 @@ from launch import ROOT, clips, command, environment, finish, steps_of  # noqa: 
 
 
 def test_five_cold_starts_finish_and_end(clips, tmp_path):
-    """Each with compilation caches of its own: whatever inductor's timings decide, no run may die of it,
-    and each process is gone within 10 s of its last step. They have the 3B's width and six layers and
-    blocks, so that all can go at once; then one starts warm."""
+    """Each with compilation caches of its own: whatever inductor's timings decide, no run may
+    die of it, and each process is gone within 10 s of its last step. They have the 3B's width
+    and six layers and blocks, so that all can go at once; then one starts warm."""
     runs, waiting = {}, list(range(5))
     together = max(1, min(5, torch.cuda.get_device_properties(0).total_memory // (27 << 30)))
     while waiting or runs:
@@ -40,28 +40,60 @@ def test_five_cold_starts_finish_and_end(clips, tmp_path):
 
 def cold_start(k: int, clips, folder, name: str = "") -> subprocess.Popen:
     name = name or f"run{k}"
-    arguments = command(clips, folder / name, "--max_steps", "3", "--max_new_tokens", "192", "--G", "8",
-                        "--seed", str(k), model="random:3b/6")
-    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor{k}", "TRITON_CACHE_DIR": f"{folder}/triton{k}"}
+    arguments = command(
+        clips,
+        folder / name,
+        "--max_steps",
+        "3",
+        "--max_new_tokens",
+        "192",
+        "--G",
+        "8",
+        "--seed",
+        str(k),
+        model="random:3b/6",
+    )
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor{k}",
+        "TRITON_CACHE_DIR": f"{folder}/triton{k}",
+    }
     with open(folder / f"output.{name}", "w") as output:
-        return subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output, env=environment(**caches))
+        return subprocess.Popen(
+            arguments, cwd=ROOT, stdout=output, stderr=output, env=environment(**caches)
+        )
 
 
 def test_two_ranks_end_with_the_same_weights(clips, tmp_path):
-    """Five steps in which one rank has a clip and the other an image, or nothing, since its clip is broken."""
-    arguments = command(clips, tmp_path / "run", "--lr", "1e-3", "--top_k", "50", processes=2, script="tests/gpu/watched.py")
+    """Five steps in which one rank has a clip and the other an image, or nothing, since its clip
+    is broken."""
+    arguments = command(
+        clips,
+        tmp_path / "run",
+        "--lr",
+        "1e-3",
+        "--top_k",
+        "50",
+        processes=2,
+        script="tests/gpu/watched.py",
+    )
     finish(arguments, KTR_SHARE_GPU="1", WATCH=str(tmp_path))
     weights = [(tmp_path / f"weights.{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert weights[0] == weights[1] and len(set(weights[0])) == 5       # they change with every step
+    assert weights[0] == weights[1] and len(set(weights[0])) == 5  # they change with every step
     prompts = [row["prompts"] for row in steps_of(tmp_path / "run")]
-    assert len(prompts) == 5 and set(prompts) == {1, 2}                 # 1: beside a broken clip
+    assert len(prompts) == 5 and set(prompts) == {1, 2}  # 1: beside a broken clip
 
 
 def test_killed_and_resumed_ends_where_an_unbroken_run_ends(clips, tmp_path):
     options = "--max_steps", "6", "--save_every", "2", "--lr", "1e-3"
     finish(command(clips, tmp_path / "whole", *options))
-    broken = subprocess.Popen(command(clips, tmp_path / "broken", *options), cwd=ROOT, env=environment(),
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    broken = subprocess.Popen(
+        command(clips, tmp_path / "broken", *options),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     while not list((tmp_path / "broken").glob("checkpoint-000004")):
         assert broken.poll() is None
         time.sleep(0.02)
@@ -69,22 +101,33 @@ def test_killed_and_resumed_ends_where_an_unbroken_run_ends(clips, tmp_path):
     finish(command(clips, tmp_path / "broken", *options))
     a, b = (steps_of(tmp_path / name) for name in ("whole", "broken"))
     assert [row["step"] for row in b] == [1, 2, 3, 4, 5, 6]
-    for x, y in zip(a[-2:], b[-2:]):                                    # attention's backward adds in any order
+    for x, y in zip(a[-2:], b[-2:]):  # attention's backward adds in any order
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=0.1)
 
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL to torchrun and the workers of its session, as a machine that goes down would."""
-    children = subprocess.run(["ps", "-o", "pid=", "-s", str(process.pid)], text=True, capture_output=True).stdout
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "-s", str(process.pid)], text=True, capture_output=True
+    ).stdout
     for pid in children.split():
         subprocess.run(["kill", "-9", pid], stderr=subprocess.DEVNULL)
     process.wait()
 
 
 def test_sigterm_saves_and_leaves(clips, tmp_path):
-    run = subprocess.Popen(command(clips, tmp_path / "run", "--max_steps", "10", "--save_every", "1000"), cwd=ROOT,
-                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
+    run = subprocess.Popen(
+        command(clips, tmp_path / "run", "--max_steps", "10", "--save_every", "1000"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while (
+        not (tmp_path / "run" / "log.jsonl").exists()
+        or not (tmp_path / "run" / "log.jsonl").read_text()
+    ):
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)

@@ -1,0 +1,38 @@
+"""bench.engine runs: its phases at toy size on the CPU, so that a change of the loop cannot break it
+unseen until somebody pays for a GPU."""
+
+import json
+
+import torch
+
+from bench import common, engine
+from engine import blank
+from lab import toy
+from policy import load
+
+
+def test_phases_at_toy_size(monkeypatch, tmp_path):
+    def toy_prompt(processor, frames, height, width, pixels, seed=0, kind="video"):
+        count = 8 if kind == "video" else 1
+        return common.new_prompt(processor, count, 56, 56, 56 * 56, seed, kind)
+
+    monkeypatch.setattr(blank, "config", lambda name, tokenizer: toy.new_config(tokenizer))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("max_memory_allocated", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    for name, value in {
+        "DEVICE": torch.device("cpu"), "ROOT": tmp_path, "T": 6, "new_prompt": toy_prompt,
+        "load": lambda name, *_, seed=0: load(name, "cpu", torch.float32, seed),
+        "drawn_lengths": lambda seed, rows=8: [1 + (seed + g) % 6 for g in range(rows)],
+    }.items():
+        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(engine.Bench, "reading_time", lambda self: 1.0)
+    monkeypatch.setattr("sys.argv", ["engine", "ours", "plain", "lengths", "offload"])
+    engine.main()
+    found = json.loads((tmp_path / "bench" / "results" / "engine.json").read_text())
+    assert found["commit"] and {"ours_1", "plain_image", "lengths_1", "offload_4"} <= set(found)
+    phases = found["ours_1"]["phases"]
+    parts = sum(s for name, s in phases.items() if name != "total")
+    assert abs(parts - found["ours_1"]["step"]) < 1e-6 and min(phases.values()) > 0
+    assert found["offload_1"]["host_bytes"] > 12e6                  # 12 bytes for each of 1.07 million
