@@ -218,7 +218,7 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
     ("attribution", "lab.attribution_table.attribution_table", ["m", "w"])])
 def test_commands(command, name, expected, monkeypatch):
     called = []
-    monkeypatch.setattr(name, lambda *arguments: called.extend(map(str, arguments)))
+    monkeypatch.setattr(name, lambda *arguments, **_: called.extend(map(str, arguments)))
     monkeypatch.setattr("sys.argv", ["toy.py", command, "here", "--model", "m", "--data", "w"])
     toy.main()
     assert called == expected
