@@ -1,5 +1,5 @@
-"""bench.engine runs: its phases at toy size on the CPU, so that a change of the loop cannot break it
-unseen until somebody pays for a GPU."""
+"""bench.engine runs: its phases at toy size on the CPU, so that a change of the loop cannot break
+it unseen until somebody pays for a GPU."""
 
 import json
 
@@ -35,4 +35,4 @@ def test_phases_at_toy_size(monkeypatch, tmp_path):
     phases = found["ours_1"]["phases"]
     parts = sum(s for name, s in phases.items() if name != "total")
     assert abs(parts - found["ours_1"]["step"]) < 1e-6 and min(phases.values()) > 0
-    assert found["offload_1"]["host_bytes"] > 12e6                  # 12 bytes for each of 1.07 million
+    assert found["offload_1"]["host_bytes"] > 12e6          # 12 bytes for each of 1.07 million

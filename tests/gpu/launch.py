@@ -16,36 +16,16 @@ from prompt import fit
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def command(
-    data: Path,
-    out: Path,
-    *more: str,
-    processes: int = 1,
-    model: str = "cold_start",
-    script: str = "ktr.py",
-) -> list[str]:
-    """torchrun of a short training run on the GPU."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
-    options = {
-        "--model": model,
-        "--data": data,
-        "--videos": data.parent,
-        "--out": out,
-        "--max_steps": 5,
-        "--max_new_tokens": 32,
-        "--G": 4,
-        "--workers": 1,
-        "--save_every": 0,
-    }
-    options.update(zip(more[::2], more[1::2]))
-    return [*run, script, *(str(x) for pair in options.items() for x in pair)]
+def command(data: Path, out: Path, more: str = "", processes: int = 1, model: str = "cold_start",
+            script: str = "ktr.py") -> list[str]:
+    """torchrun of a short training run on the GPU; `more` are further options, as typed."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = {"--model": model, "--data": data, "--videos": data.parent, "--out": out,
+               "--max_steps": 5, "--max_new_tokens": 32, "--G": 4, "--workers": 1, "--save_every": 0}
+    words = more.split()
+    options.update(zip(words[::2], words[1::2]))
+    pairs = [str(x) for pair in options.items() for x in pair]
+    return [*run, "--nproc_per_node", str(processes), script, *pairs]
 
 
 def environment(**more: str) -> dict[str, str]:
