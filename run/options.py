@@ -156,9 +156,12 @@ def parse(arguments: list[str] | None = None) -> Options:
         Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
         usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
     given = sys.argv[1:] if arguments is None else arguments
-    first = parser.parse_known_args(given)[0]
+    files = parser.parse_known_args(given)[0].rule
+    of_rules = [word for file in files for word in load_rule(file)]
+    first = parser.parse_known_args([*of_rules, *given])[0]
+    if "--rule" in of_rules:
+        parser.error("a rule's OPTIONS cannot name another --rule")
     parser.set_defaults(**PRESETS[first.preset])
-    of_rules = [word for file in first.rule for word in load_rule(file)]
     o = Options(**vars(parser.parse_args([*of_rules, *given])))
     for what, (allowed, names) in ALLOWED.items():
         for name in names.split():

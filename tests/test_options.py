@@ -114,3 +114,13 @@ def test_help_names_every_option(capsys):
     assert stop.value.code == 0
     assert all(f"--{name}" in said for name in Options.__dataclass_fields__)
     assert "20%)" in said and "20%%" not in said
+
+
+def test_a_rules_preset_sets_its_choices(tmp_path, capsys):
+    """It used to change the preset's name alone."""
+    (tmp_path / "a.py").write_text('OPTIONS = "--preset released --pool response"')
+    o = parse([*BASE, "--rule", str(tmp_path / "a.py"), "--shift", "abs"])
+    assert (o.preset, o.normalize, o.top_k) == ("released", "selected", 50)
+    assert (o.pool, o.shift) == ("response", "abs")
+    (tmp_path / "b.py").write_text('OPTIONS = "--rule another.py"')
+    assert "another --rule" in refusal(capsys, "--rule", str(tmp_path / "b.py"))
