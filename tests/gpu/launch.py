@@ -21,7 +21,8 @@ def command(data: Path, out: Path, more: str = "", processes: int = 1, model: st
     """torchrun of a short training run on the GPU; `more` are further options, as typed."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     options = {"--model": model, "--data": data, "--videos": data.parent, "--out": out,
-               "--max_steps": 5, "--max_new_tokens": 32, "--G": 4, "--workers": 1, "--save_every": 0}
+               "--max_steps": 5, "--max_new_tokens": 32, "--G": 4, "--workers": 1,
+               "--save_every": 0}
     words = more.split()
     options.update(zip(words[::2], words[1::2]))
     pairs = [str(x) for pair in options.items() for x in pair]

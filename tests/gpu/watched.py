@@ -1,4 +1,5 @@
-"""ktr.py, with the weights' checksum after each step written to $WATCH/weights.RANK."""
+"""ktr.py with rewards that differ (the short clips are noise, and all answers wrong), so that every
+step moves the weights; their checksum after each step goes to $WATCH/weights.RANK, where asked."""
 
 import hashlib
 import os
@@ -16,11 +17,13 @@ from run.options import parse  # noqa: E402
 class Watched(ktr.ShardedAdamW):
     def step(self, *arguments, **more):
         super().step(*arguments, **more)
-        weights = self.flat.view(torch.uint8).cpu().numpy().tobytes()
-        with open(f"{os.environ['WATCH']}/weights.{self.rank}", "a") as file:
-            file.write(hashlib.sha256(weights).hexdigest() + "\n")
+        if folder := os.environ.get("WATCH"):
+            weights = self.flat.view(torch.uint8).cpu().numpy().tobytes()
+            with open(f"{folder}/weights.{self.rank}", "a") as file:
+                file.write(hashlib.sha256(weights).hexdigest() + "\n")
 
 
 ktr.ShardedAdamW = Watched
+ktr.accuracy_reward = lambda text, *_: sum(text.encode()) % 97 / 97
 ktr.main(parse())
 leave()
