@@ -322,8 +322,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in PROTOCOLS[a.protocol]["options"].items():
         if name not in given:
             setattr(a, name, value)
-    if min(a.frames / 2, a.max_pixels, a.max_new_tokens, a.batch) < 1 or a.fps <= 0:
-        parser.error("at least 2 frames, 1 pixel, 1 new token, 1 question; fps above 0")
+    if min(a.frames / 2, a.max_pixels, a.max_new_tokens, a.batch, a.workers + 1) < 1 or a.fps <= 0:
+        parser.error("at least 2 frames, 1 pixel, 1 new token, 1 question, 0 workers; fps above 0")
     if a.temperature < 0 or not 0 < a.top_p <= 1 or a.seconds not in ("one", "true"):
         parser.error("temperature >= 0, 0 < top_p <= 1, seconds one or true")
     return a

@@ -103,7 +103,7 @@ class Vision:
 
 def fit(frames: np.ndarray, max_pixels: float, v: Vision, min_pixels: int = 0) -> Tensor:
     """(n, H, W, 3) uint8 -> (n, 3, h, w) uint8 within the limits: bicubic, antialiased, rounded."""
-    least = max(min_pixels, v.min_pixels)
+    least = min(max(min_pixels, v.min_pixels), max_pixels)
     size = target_size(*frames.shape[1:3], max_pixels, least, v.patch * v.merge)
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     same = x.shape[-2:] == size

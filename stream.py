@@ -89,7 +89,8 @@ def memory_wanting(o: Options) -> str | None:
     if not torch.cuda.is_available():
         return None
     n, each = weight_count(o.model), torch.finfo(getattr(torch, o.dtype)).bits // 8
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
+    world = int(os.environ.get("WORLD_SIZE", here))             # torchrun's; train.sh checks before
     state = 0 if o.offload else 12 / world
     needed = n * (each * (3 if o.beta > 0 else 2) + state) / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
@@ -184,9 +185,13 @@ class Stream:
         return [index, another_clip(self.records, self.left_out, index, seed)]
 
     def known(self, indices: list[int]) -> list[Skipped]:
-        """Those that the run has skipped before a resume; they are not tried again."""
-        reasons = [(self.records[i], self.log.known.get(self.records[i]["row"])) for i in indices]
-        return [Skipped(record, reason) for record, reason in reasons if reason]
+        """Those whose decoder died or hung before a resume; they are not tried again."""
+        found = []
+        for record in (self.records[i] for i in indices):
+            reason = self.log.known.get((record["row"], record["path"]))
+            if reason:
+                found.append(Skipped(record, reason))
+        return found
 
     def take(self, step: int) -> list[tuple[Prompt, int, Tensor | None]]:
         """(prompt, seed, another clip's frames or None) of the step's records that can be used."""

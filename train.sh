@@ -13,6 +13,11 @@ set -euo pipefail
 for name in DATA VIDEOS OUT; do         # relative paths are those of where you are
     [ -z "${!name:-}" ] || [ "${!name:0:1}" = / ] || export "$name=$PWD/${!name}"
 done
+for word in "$@"; do                    # and so are files among the arguments
+    shift
+    [ ! -f "$word" ] || [ "${word:0:1}" = / ] || word=$PWD/$word
+    set -- "$@" "$word"
+done
 cd "$(dirname "$0")"
 . run/env.sh
 

@@ -32,7 +32,7 @@ def choose(logits: Tensor, draws: Tensor, banned: Tensor, temperature: float, to
     """
     token, total, p = likeliest(logits, banned, temperature or 1.0)
     if temperature and top_k:
-        best, index = p.topk(top_k)                                     # likeliest first
+        best, index = p.topk(min(top_k, p.shape[-1]))           # likeliest first
         inside = best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)
         place = inverse_cdf(torch.where(inside, best, 0), draws)
         token = index.gather(-1, place[:, None])[:, 0]

@@ -11,9 +11,12 @@ import os
 import pickle
 import signal
 from collections.abc import Iterator, Sequence
+from queue import Queue
 from threading import Thread
 
 import torch
+
+AHEAD = 4               # items of each process that wait here for their use
 
 
 def end_with_parent() -> None:
@@ -36,15 +39,26 @@ def work(dataset, indices: Sequence[int], pipe, limit: float) -> None:
         pipe.send_bytes(item)
 
 
+def receive(pipe, ready: Queue) -> None:
+    """A thread's life: takes a process' items as they come; None when it has ended."""
+    try:
+        while True:
+            ready.put(pipe.recv_bytes())
+    except (EOFError, OSError):
+        ready.put(None)
+
+
 def start(dataset, indices: Sequence[int], limit: float) -> tuple:
-    """A process, and the pipe on which the items of its indices will come."""
+    """A process, and the queue to which the items of its indices will come."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     task = (dataset, indices, theirs, limit)
     process = multiprocessing.Process(target=work, args=task, daemon=True)
     process.start()
     theirs.close()                                      # else its end would not be seen
     atexit.register(process.kill)                       # before multiprocessing waits for it
-    return process, ours
+    ready: Queue = Queue(AHEAD)
+    Thread(target=receive, args=(ours, ready), daemon=True).start()
+    return process, ready
 
 
 def why_lost(index: int, code: int, limit: float) -> str:
@@ -57,7 +71,7 @@ def why_lost(index: int, code: int, limit: float) -> str:
 
 
 def loader(dataset, indices: Sequence[int], workers: int, limit: float = 120.0) -> Iterator:
-    """Items dataset[i] in the order of `indices`; each process has its next one ready, or nearly.
+    """Items dataset[i] in the order of `indices`; each process is some AHEAD of what is used.
 
     An item that ends its process, or takes more than `limit` seconds, is dataset.lost(i, reason).
     workers: processes; 0 decodes in this one, unprotected. `dataset` must be picklable. No process
@@ -70,16 +84,20 @@ def loader(dataset, indices: Sequence[int], workers: int, limit: float = 120.0) 
     team = [start(dataset, indices[first::workers], limit) for first in range(workers)]
     try:
         for turn, index in enumerate(indices):
-            process, pipe = team[turn % workers]
-            try:
-                item = pickle.loads(pipe.recv_bytes())
-            except (EOFError, OSError):                 # it ended before it had sent the item
+            process, ready = team[turn % workers]
+            sent = ready.get()
+            if sent is not None:
+                item = pickle.loads(sent)
+            else:                                       # it ended before it had sent the item
                 process.join()
                 item = dataset.lost(index, why_lost(index, process.exitcode, limit))
                 rest = indices[turn + workers::workers]
                 team[turn % workers] = start(dataset, rest, limit)
             yield item
     finally:
-        for process, _ in team:
+        for process, ready in team:
             process.kill()
             process.join()
+            ready.maxsize = 1 << 30                     # lets its thread go on, and so end
+            with ready.mutex:
+                ready.not_full.notify_all()

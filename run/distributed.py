@@ -55,7 +55,7 @@ def leave() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()                    # they ignore SIGTERM
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -139,11 +139,16 @@ class Log:
         """start: steps done; what the files hold of later ones is repeated, and so dropped. A log
         of a run without checkpoint is put aside, as NAME.before-SECONDS."""
         self.out, self.rank, self.writer = out, rank, None
-        self.known: dict[int, str] = {}         # rows that are not tried again, and why
-        for path in out.glob("skipped.*.jsonl") if start else ():
-            self.known |= {row["row"]: row["reason"] for row in rows_of(path)}
-        own = ("log.jsonl", "samples.jsonl") if rank == 0 else ()
-        for name in (*own, f"skipped.{rank}.jsonl"):
+        self.known: dict[tuple, str] = {}       # (row, path) whose decoder died or hung: not tried
+        skips = sorted(out.glob("skipped.*.jsonl"))                     # again when a run goes on
+        for row in sum(map(rows_of, skips), []) if start else ():
+            if ": decoding " in row["reason"]:  # what engine/workers.py says of a lost process
+                self.known[row["row"], row["path"]] = row["reason"]
+        names = ["log.jsonl", "samples.jsonl"] if rank == 0 else []
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        own = [path.name for path in skips if int(path.name.split(".")[1]) % world == rank]
+        names += own                            # and those of ranks that are no more
+        for name in names:
             path = out / name
             if path.exists() and start == 0:
                 path.rename(out / f"{name}.before-{int(time.time())}")
@@ -187,5 +192,5 @@ class Log:
         """step: the one that it is skipped in, counted from 1."""
         tqdm.write(f"skipped: {reason}")
         self.append(f"skipped.{self.rank}.jsonl",
-                    {"step": step, "row": record.get("row"),
+                    {"step": step, "row": record.get("row"), "path": record.get("path"),
                      "problem_id": record.get("problem_id"), "reason": reason})

@@ -1,4 +1,4 @@
-"""bench.engine runs: its phases at toy size on the CPU, so that a change of the loop cannot break
+"""bench.engine runs: its phases at toy size on the CPU, or a change of the loop would break
 it unseen until somebody pays for a GPU."""
 
 import json

@@ -198,12 +198,13 @@ def test_remembered_records_are_not_tried_again(make, tmp_path):
     BAD.update({order[1], order[7]})
     rows_taken(make(o), range(5))                                   # a run of five steps
     (tmp_path / "skipped.1.jsonl").write_text(                      # what another rank met
-        json.dumps({"step": 3, "row": order[7], "problem_id": 0, "reason": "hangs"}) + "\n")
+        json.dumps({"step": 3, "row": order[7], "path": make(o).records[order[7]]["path"],
+                    "reason": "a: decoding took more than 120 s"}) + "\n")
     s = make(o, step=5, place=5)
     taken = rows_taken(s, range(5, 10))
     assert taken == [[order[5]], [order[6]], [], [order[8]], [order[9]]]
     assert order[7] not in s.data.tried
-    assert rows_of(tmp_path / "skipped.0.jsonl")[-1]["reason"] == "hangs"
+    assert rows_of(tmp_path / "skipped.0.jsonl")[-1]["reason"].startswith("a: decoding")
 
 
 # ---------------------------------------------------------------------------------------------- log
@@ -212,7 +213,10 @@ def fill(out, steps):
     for name in ("log.jsonl", "samples.jsonl"):
         lines = [json.dumps({"step": step}) + "\n" for step in range(1, steps + 1)]
         (out / name).write_text("".join(lines))
-    rows = [{"step": step, "row": 10 + step, "reason": f"r{step}"} for step in (1, 3)]
+    why = {1: "a: decoding ended its process", 3: "b: decoding took more than 1 s",
+           4: "c: no such file"}
+    rows = [{"step": step, "row": 10 + step, "path": f"./{step}", "reason": reason}
+            for step, reason in why.items()]
     (out / "skipped.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -224,8 +228,9 @@ def test_a_log_keeps_what_is_not_repeated(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "log.jsonl")] == [1, 2]
     assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [1, 2]
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11]
-    assert log.known == {11: "r1", 13: "r3"}                        # also of steps done again
-    log.skip({"row": 13, "problem_id": 5}, "r3", 3)
+    assert log.known == {               # also of steps done again; a file may be there by now
+        (11, "./1"): "a: decoding ended its process", (13, "./3"): "b: decoding took more than 1 s"}
+    log.skip({"row": 13, "path": "./3", "problem_id": 5}, "r3", 3)
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "log.jsonl", "options.json", "samples.jsonl", "skipped.0.jsonl"]
