@@ -233,6 +233,9 @@ def report(rows: list[dict], benchmark: str, settings: dict) -> dict:
         parts.pop(None, None)
         table |= {f"{name}: {part}": summarise(parts[part]) for part in sorted(parts)}
     for name, s in table.items():
+        if s["n"] == 0:                         # nothing could be read: no score
+            print(f"{name:24}     0 answers; {s['unreadable']} unreadable")
+            continue
         low, high = s["interval"]
         print(f"{name:24} {s['n']:5d} answers: strict {s['strict']:6.1%} "
               f"({low:6.1%} to {high:6.1%}), lenient {s['lenient']:6.1%}, "

@@ -4,8 +4,8 @@
     J   = mean_i 1/|o_i| sum_t m_t [ min(rho A_i, clip(rho, 1-c, 1+c) A_i) - beta KL_t ]
     rho = exp(logp - old_logp),   KL_t = exp(x) - x - 1,  x = ref_logp - logp clamped to +-10
 
-`completion_mask` marks the tokens up to the first end token; `key_mask` says where the gradient
-goes. They are two things and neither ever stands in for the other. Pure tensor functions.
+`completion_mask` marks the tokens up to and with the first end token; `key_mask` says where the
+gradient goes. They are two things and neither ever stands in for the other. Pure tensor functions.
 """
 
 import torch

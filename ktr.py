@@ -236,6 +236,7 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
     state = {"step": 0, "place": 0, "seen": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
     if resumed:
         state = checkpoint.load_state(resumed, optimizer, state)
+        trained += f"; continuing from {resumed}"
     log = Log(o, out, rank, state["step"])
     stream = Stream(o, records, left_out, processor, log, rank, world, state)
     watched = None

@@ -51,7 +51,7 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
     if wanting:
         fail(wanting)
     rows = len(records) + len(malformed)
-    if len(malformed) > UNUSABLE * rows:
+    if len(malformed) > UNUSABLE * rows and not o.leave_out:    # then the list has been seen
         fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
              f"{malformed[0]}")
     if not usable:

@@ -23,6 +23,7 @@ cd "$(dirname "$0")"
 
 toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}        # tiny products: threads only wait
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
     [ -f "$world/test.json" ] || "$PY" -m lab.toy make "$world"
     evaluate=(evaluate.py --benchmark toy --data "$world/test.json" --videos "$world"

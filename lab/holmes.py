@@ -17,5 +17,7 @@ def converted(row: dict) -> dict:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
     rows = json.loads(Path(sys.argv[1]).read_text("utf-8-sig"))
     Path(sys.argv[2]).write_text(json.dumps([converted(row) for row in rows], indent=1))

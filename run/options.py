@@ -107,7 +107,7 @@ class Options:
     workers: int = option(min(4, os.cpu_count() or 1), "decoding processes per rank")
     # running
     dtype: str = one_of("bfloat16", "float32", help="of the computing weights, not the optimizer's")
-    checkpointing: bool = option(True, "recompute activations in the backward pass")
+    checkpointing: bool = option(True, "recomputation of activations in the backward pass")
     offload: bool = option(False, "optimizer's state in host memory: trains the 7B on one GPU")
     save_every: int = option(250, "steps between checkpoints (7B: 116 GB each); 0: none at all")
     keep: int = option(2, "checkpoints kept")
