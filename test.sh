@@ -16,4 +16,4 @@ if [ ! -x /usr/bin/chromium ] && command -v apt-get && [ "$(id -u)" = 0 ]; then
     timeout 60 apt-get -q update && timeout 180 apt-get -qy install --no-install-recommends chromium
 fi </dev/null >/dev/null 2>&1 || true
 export CUDA_VISIBLE_DEVICES=
-exec "$PY" -m pytest -q -rs "$@" tests
+exec "$PY" -m pytest -q -rs -n 2 --dist loadfile "$@" tests
