@@ -376,6 +376,26 @@ def test_a_mistake_in_the_program_is_raised(capfd):
     assert not multiprocessing.active_children()
 
 
+HELD = """
+import resource, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+from pathlib import Path
+from engine.workers import loader
+from faulty import Faulty
+held = list(loader(Faulty({{}}, Path({folder!r}), size=1 << 12), list(range(300)), 2))
+print(len(held))
+"""
+
+
+def test_items_that_are_held_hold_no_files(tmp_path):
+    """A batch of 300 under a limit of 48 open files; torch's DataLoader ran out of them at 1,024."""
+    script = HELD.format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout.split() == ["300"], done.stderr
+
+
 def test_items_are_made_ahead_and_not_more(tmp_path):
     """While items are used, each worker makes AHEAD, one that its thread holds, and one to send."""
     stream = loader(Faulty({}, tmp_path, size=5 << 20), list(range(40)), 2)
