@@ -389,7 +389,7 @@ print(len(held))
 
 
 def test_items_that_are_held_hold_no_files(tmp_path):
-    """A batch of 300 under a limit of 48 open files; torch's DataLoader ran out of them at 1,024."""
+    """A batch of 300 under a limit of 48 open files; torch's DataLoader ran out of 1,024."""
     script = HELD.format(root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           timeout=120)
