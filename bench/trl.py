@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import IterableDataset
 from PIL import Image
 from transformers import LogitsProcessor, Qwen2_5_VLProcessor, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
@@ -114,7 +114,7 @@ def main() -> None:
         model,
         lambda completions, **_: rng.random(len(completions)).tolist(),
         config,
-        Dataset.from_list(rows),
+        IterableDataset.from_generator(lambda: iter(rows)),
         processing_class=processor,
         callbacks=[watch],
     )
