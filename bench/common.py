@@ -28,11 +28,17 @@ def commit() -> str:
     return os.environ.get("COMMIT") or asked.stdout.strip()
 
 
-def new_results() -> dict:
+def new_results(path: Path) -> dict:
+    """What a file of results begins with; and what `path` holds already of this commit and GPU."""
+    asked = "python -m " + " ".join(["bench." + Path(sys.argv[0]).stem, *sys.argv[1:]])
+    made_by = {"commit": commit(), "gpu": torch.cuda.get_device_name()}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if any(old.get(name) != value for name, value in made_by.items()):
+        old = {"commands": []}
     return {
-        "command": "python -m " + " ".join(["bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
-        "commit": commit(),
-        "gpu": torch.cuda.get_device_name(),
+        **old,
+        "commands": [*old["commands"], asked],
+        **made_by,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -9,6 +9,7 @@ bench/results/engine.json.
     lengths   ours, with completions of 100 to 512 tokens (fixed seed) in place of 512 each
     memory    peaks for 80 GB cards: 16 and 64 frames, beside an eighth of the optimizer's state
     offload   real steps with the optimizer's state in host memory
+    families  a step of Qwen2-VL-7B and of Qwen3-VL-8B
     usual     generate, then forwards with the prompt repeated and logits everywhere
     static    the same with transformers' compiled cache
 """
@@ -42,9 +43,11 @@ from policy import Group, evaluating, load, sample, score_groups
 from run.logs import Clock
 from run.options import parse
 
-PHASES = ("decode", "plain", "ours", "four", "lengths", "memory", "offload", "usual", "static")
+PHASES = ("decode", "plain", "ours", "four", "lengths", "memory", "offload", "families", "usual",
+          "static")
 G, T = 8, 512
 CLIP = 16, 252, 392, 128 * 784  # 1,008 video tokens
+CLIP_OF_QWEN3 = 16, 288, 448, 128 * 1024  # as many, of 32 x 32 pixels in place of 28 x 28
 
 
 def drawn_lengths(seed: int, rows: int = G) -> list[int]:
@@ -66,15 +69,21 @@ class Bench:
     """A policy and its reference, and what a step with them costs."""
 
     def __init__(self, path):
-        self.results, self.path = new_results(), path
+        self.results, self.path = new_results(path), path
         self.note = partial(note, self.results, path)
         begun = time.perf_counter()
-        self.model, self.processor = load("random:7b", DEVICE, torch.bfloat16)
-        recompute(self.model)
-        self.scorer = Scorer(self.model)
-        self.reference = load("random:7b", DEVICE, torch.bfloat16, seed=1)[0].requires_grad_(False)
+        self.take("random:7b")
         self.note(load_s=time.perf_counter() - begun)
         self.floor = self.reading_time()
+
+    def take(self, name: str) -> None:
+        """Load a policy and its reference."""
+        self.model = self.reference = self.scorer = None
+        free()
+        self.model, self.processor = load(name, DEVICE, torch.bfloat16)
+        recompute(self.model)
+        self.scorer = Scorer(self.model)
+        self.reference = load(name, DEVICE, torch.bfloat16, seed=1)[0].requires_grad_(False)
 
     def prompts(self, N: int, kind: str = "video") -> list:
         shape = CLIP if kind == "video" else (1, 1008, 784, 1008 * 784)
@@ -200,6 +209,14 @@ class Bench:
             gap = (score_groups(self.model, prompts, [group])[0][0] - group.logp).abs()
         self.note(sampling_gap_bf16={"mean": gap.mean().item(), "max": gap.max().item()})
 
+    def families(self) -> None:
+        """The recipe's step of other families, at as many video tokens."""
+        for name, shape in {"random:qwen2-7b": CLIP, "random:qwen3-8b": CLIP_OF_QWEN3}.items():
+            self.take(name)
+            prompt = new_prompt(self.processor, *shape)
+            found = self.steps(options("--model", name), [prompt])
+            self.note(**{name: {**found, "video_tokens": int(prompt.visual.sum())}})
+
     def memory(self, name: str, frames: int, pixels: int) -> None:
         """Peak of a step of 768 tokens beside the state that one rank of eight holds."""
         self.model.__dict__.pop("_decoders", None)
@@ -310,6 +327,8 @@ def main() -> None:
         b.usual(static=True)
     if "offload" in asked:
         b.offload()
+    if "families" in asked:
+        b.families()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
-    results, path = new_results(), ROOT / "bench" / "results" / "trl.json"
+    path = ROOT / "bench" / "results" / "trl.json"
+    results = new_results(path)
     tokenizer = blank.tokenizer()
     tokenizer.padding_side = "left"
     model = blank.model("random:7b", tokenizer, DEVICE, torch.bfloat16)

@@ -28,10 +28,14 @@ def test_phases_at_toy_size(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(engine, name, value)
     monkeypatch.setattr(engine.Bench, "reading_time", lambda self: 1.0)
-    monkeypatch.setattr("sys.argv", ["engine", "ours", "plain", "lengths", "offload"])
+    monkeypatch.setattr("sys.argv", ["engine", "ours", "plain", "lengths", "offload", "families"])
     engine.main()
+    monkeypatch.setattr("sys.argv", ["engine", "plain"])
+    engine.main()                                           # adds to what is there
     found = json.loads((tmp_path / "bench" / "results" / "engine.json").read_text())
-    assert found["commit"] and {"ours_1", "plain_image", "lengths_1", "offload_4"} <= set(found)
+    assert [len(command.split()) for command in found["commands"]] == [8, 4]
+    assert found["commit"] and {"ours_1", "plain_image", "lengths_1", "offload_4",
+                               "random:qwen3-8b"} <= set(found)
     phases = found["ours_1"]["phases"]
     parts = sum(s for name, s in phases.items() if name != "total")
     assert abs(parts - found["ours_1"]["step"]) < 1e-6 and min(phases.values()) > 0

@@ -1,15 +1,13 @@
-"""The engine on a GPU against transformers, and against itself on the CPU."""
-
-import copy
+"""The engine on a GPU against itself: alone, on the CPU, in plain form. test_widths.py compares it
+with transformers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import plain_inputs
 from engine import blank, sharded, thin
-from engine.decoding import choose, vision_tokens
+from engine.decoding import choose
 from engine.prepare import prepare, recompute
 from engine.sharded import ShardedAdamW, flatten
 from launch import random_prompt
@@ -21,77 +19,6 @@ GPU = torch.device("cuda")
 @pytest.fixture(scope="module")
 def processor():
     return load_processor("random:7b")
-
-
-@pytest.fixture(scope="module")
-def wide():
-    """7B's width, four layers and blocks of it, fp32; weights doubled, so that what is seen
-    matters."""
-    model = blank.model("random:7b/4", blank.tokenizer(), GPU, torch.float32).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(2)
-    return model
-
-
-def plain_scores(model, prompt, completion):
-    """transformers' own (n,) log-probabilities of one completion."""
-    inputs = {name: x.to(GPU) for name, x in plain_inputs(prompt, completion.cpu()).items()}
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(model.dtype)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, len(prompt.ids) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
-
-
-@pytest.fixture(scope="module")
-def case(processor):
-    prompt = random_prompt(processor, 8, 140, 224)
-    ids = torch.randint(1000, (4, 24), device=GPU, generator=torch.Generator(GPU).manual_seed(0))
-    return prompt, ids
-
-
-def test_fp32_equals_transformers(wide, case):
-    prompt, ids = case
-    want = torch.stack([plain_scores(wide, prompt, row) for row in ids])
-    greedy = {name: x.to(GPU) for name, x in plain_inputs(prompt).items()}
-    tokens = wide.generate(
-        **greedy,
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=None,
-        suppress_tokens=vision_tokens(wide.config),
-    )[0, len(prompt.ids) :]
-    ours = prepare(copy.deepcopy(wide), GPU)
-    with torch.no_grad():
-        got = score(ours, prompt, ids)[0]
-    assert (got - want).abs().max() < 1e-4
-    (group,) = sample(ours, [prompt], 1, 24, temperature=0, ends=())
-    assert group.ids[0].tolist() == tokens.tolist()
-    with torch.no_grad():
-        again = score(ours, prompt, group)[0]
-    assert (again - group.logp).abs().max() < 1e-4
-
-
-def test_bf16_is_as_near_to_fp32_as_transformers_is(wide, case):
-    prompt, ids = case
-    half = copy.deepcopy(wide).to(torch.bfloat16)
-    exact = copy.deepcopy(half).float()  # the same rounded weights
-    want = torch.stack([plain_scores(exact, prompt, row) for row in ids])
-    theirs = (
-        (torch.stack([plain_scores(half, prompt, row) for row in ids]) - want).abs().mean().item()
-    )
-    ours = prepare(half, GPU)
-    with torch.no_grad():
-        scored = (score(ours, prompt, ids)[0] - want).abs().mean().item()
-    (group,) = sample(ours, [prompt], 4, 24, ends=())
-    rows = torch.stack([plain_scores(exact, prompt, row) for row in group.ids])
-    sampled = (group.logp - rows).abs().mean().item()
-    print(
-        f"mean distance to fp32, nats: transformers {theirs:.4f}, score {scored:.4f}, "
-        f"sample {sampled:.4f}"
-    )
-    assert scored < 1.15 * theirs and sampled < 1.15 * theirs
 
 
 def test_sixty_four_frames(processor):
@@ -111,24 +38,42 @@ def test_sixty_four_frames(processor):
     print(f"64 frames: peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def test_prompts_of_very_different_lengths(processor):
-    model = prepare(blank.model("random:3b/4", blank.tokenizer(), GPU, torch.bfloat16), GPU)
+@pytest.fixture(scope="module")
+def short_and_long(processor):
     prompts = [
         random_prompt(processor, 4, 56, 56, 6),
         random_prompt(processor, 32, 448, 448, 1200, seed=1),
     ]
     assert len(prompts[1].ids) > 30 * len(prompts[0].ids)
-    groups = sample(model, prompts, 4, 40, seeds=[5, 6], ends=())
-    alone = [sample(model, [p], 4, 40, seeds=[s], ends=())[0] for p, s in zip(prompts, (5, 6))]
-    same = [(a.ids == b.ids).float().mean().item() for a, b in zip(groups, alone)]
-    assert min(same) > 0.5  # rounding moves a draw now and then, and all that follows
-    groups = [
-        Group(g.ids, torch.arange(40, device=GPU) < torch.tensor(n, device=GPU)[:, None])
-        for g, n in zip(groups, ([1, 40, 7, 3], [40, 2, 40, 1]))
-    ]
+    return prompts
+
+
+def test_prompts_of_very_different_lengths_are_decoded_as_if_alone(processor, short_and_long):
+    """In fp32 and greedily: the words of a blank model are all about as likely, so in bf16 another
+    rounding would choose other ones."""
+    model = prepare(blank.model("random:3b/4", blank.tokenizer(), GPU, torch.float32), GPU)
+    groups = sample(model, short_and_long, 2, 40, temperature=0, ends=())
+    for prompt, group in zip(short_and_long, groups):
+        (alone,) = sample(model, [prompt], 2, 40, temperature=0, ends=())
+        assert torch.equal(group.ids, alone.ids)
+        assert torch.allclose(group.logp, alone.logp, atol=1e-4)
+
+
+def test_prompts_of_very_different_lengths_are_scored_as_if_alone(processor, short_and_long):
+    model = prepare(blank.model("random:3b/4", blank.tokenizer(), GPU, torch.bfloat16), GPU)
+    generator = torch.Generator(GPU).manual_seed(0)
+    groups = []
+    for lengths in ([1, 40, 7, 3], [40, 2, 40, 1]):
+        ids = torch.randint(1000, (4, 40), device=GPU, generator=generator)
+        valid = torch.arange(40, device=GPU) < torch.tensor(lengths, device=GPU)[:, None]
+        groups.append(Group(ids, valid))
     with torch.no_grad():
-        for (logp, _), prompt, group in zip(score_groups(model, prompts, groups), prompts, groups):
-            assert torch.allclose(logp, score(model, prompt, group)[0], atol=0.05)
+        together = score_groups(model, short_and_long, groups)
+        for (logp, _), prompt, group in zip(together, short_and_long, groups):
+            gap = (logp - score(model, prompt, group)[0]).abs()
+            print(f"scored together and alone, nats apart: mean {gap.mean():.4f}, "
+                  f"most {gap.max():.4f}")
+            assert gap.max() < 0.1
 
 
 @pytest.mark.parametrize("how", [(1.0, 0.95, 0), (0.7, 0.9, 50)])

@@ -17,7 +17,7 @@ from conftest import plain_inputs
 
 from engine import blank
 from engine.decoding import vision_tokens
-from engine.prepare import prepare
+from engine.prepare import prepare, recompute
 from policy import load_processor, sample, score, score_groups
 from prompt import fit
 
@@ -89,6 +89,7 @@ def test_fp32_equals_transformers(plain, prompts):
 
 
 def test_bf16_is_as_near_to_fp32_as_transformers_is(name, plain, prompts):
+    """And differentiates: every weight gets a finite gradient that is not zero."""
     half = copy.deepcopy(plain).to(torch.bfloat16)
     exact = copy.deepcopy(half).float()                         # the same rounded weights
     ours = prepare(copy.deepcopy(half), GPU)
@@ -103,15 +104,8 @@ def test_bf16_is_as_near_to_fp32_as_transformers_is(name, plain, prompts):
         gaps["sample"].append((group.logp - want).abs().mean())
     means = {who: torch.stack(found).mean().item() for who, found in gaps.items()}
     print(name, "mean distance to fp32, nats:", {who: f"{x:.4f}" for who, x in means.items()})
-    assert max(means["score"], means["sample"]) < 1.3 * means["transformers"]
-
-
-def test_gradients_with_recomputation_are_finite_and_nowhere_zero(name, prompts):
-    model = prepare(blank.model(name, blank.tokenizer(), GPU, torch.bfloat16), GPU)
-    for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
-        layer.recomputes = True
-    groups = sample(model, prompts, 4, T, ends=())
-    model.train()
-    sum(logp.mean() for logp, _ in score_groups(model, prompts, groups)).backward()
-    for key, p in model.named_parameters():
+    assert max(means["score"], means["sample"]) < 1.15 * means["transformers"]
+    recompute(ours).train()
+    sum(logp.mean() for logp, _ in score_groups(ours, prompts, groups)).backward()
+    for key, p in ours.named_parameters():              # with recomputation
         assert torch.isfinite(p.grad).all() and p.grad.any(), key
