@@ -217,12 +217,15 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None]:
         hidden, weight, ids = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:                             # not under --freeze language
+            grad_weight = torch.zeros_like(weight)
         chunks = (x.split(CHUNK) for x in (hidden, ids, grad, grad_hidden))
         for h, i, g, out in zip(*chunks):
             d = logits_gradient(h, weight, i, g)
             torch.mm(d, weight, out=out)
-            grad_weight.addmm_(d.T, h)
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, h)
         return grad_hidden, grad_weight, None
 
 
