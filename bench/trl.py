@@ -5,7 +5,7 @@ reference.
 
 The same setting of ours is `python -m bench.engine plain lengths`. Gradient checkpointing and bf16
 as there; SGD in place of AdamW, whose state would not fit (the optimizer is left out of our
-figures). Rewards are random. Steps 2, 3: 512 tokens each. Steps 4, 5: rows end after 100 to 512
+figures). Rewards are random. Steps 2, 3: 512 tokens each. Step 4: rows end after 100 to 512
 tokens, drawn as in bench.engine.
 """
 
@@ -105,7 +105,7 @@ def main() -> None:
         gradient_checkpointing=True,
         optim="sgd",
         learning_rate=1e-6,
-        max_steps=5,
+        max_steps=4,
         logging_steps=1,
         report_to=[],
         save_strategy="no",
