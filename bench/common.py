@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 
+from engine.decoding import vision_tokens
 from prompt import fit, patches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,5 +148,6 @@ def usual_generate(model, prompt, G: int, T: int, **more):
         min_new_tokens=T,
         max_new_tokens=T,
         pad_token_id=0,
+        suppress_tokens=vision_tokens(model.config),
         **more,
     )[:, len(prompt.ids) :]
