@@ -8,7 +8,9 @@ cd "$(dirname "$0")"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = --gpu ]; then
     shift
-    exec "$PY" -m pytest -q -rs -rP --durations=0 -n 2 --dist loadfile "$@" tests/gpu
+    longest_first=(tests/gpu/test_{cold_starts,runs,engine,widths}.py)
+    exec "$PY" -m pytest -v -rs -rP --durations=0 -n 3 --dist loadfile --no-loadscope-reorder "$@" \
+        "${longest_first[@]}"
 fi
 # one test needs a browser: root of a Debian gets it if there is a network, others skip that test
 if [ ! -x /usr/bin/chromium ] && command -v apt-get && [ "$(id -u)" = 0 ]; then

@@ -79,9 +79,7 @@ def main() -> None:
 
     def watched(*arguments, **more):
         number = len(watch.steps)
-        lengths = (
-            drawn_lengths(100 * (number - watch.early)) if number >= watch.early else [T + 1] * G
-        )
+        lengths = drawn_lengths(0) if number >= watch.early else [T + 1] * G
         torch.cuda.synchronize()
         begun = time.perf_counter()
         out = generate(

@@ -146,7 +146,7 @@ class Decoder:
         self.draws = torch.zeros(T, N, G, device=device)
         self.valid, self.logp = self.draws.bool(), self.draws.clone()
         self.done = self.valid[0].clone()                                           # (N, G)
-        self.ends = torch.full((4,), -1, device=device)  # end tokens, filled up with -1
+        self.ends = torch.full((16,), -1, device=device)        # end tokens, filled up with -1
         self.banned = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
         self.banned[vision_tokens(model.config)] = True
         prompt_lengths, used, room = self.lengths, self.used, self.room

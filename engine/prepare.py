@@ -60,7 +60,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
     """Compile what `able_to_recompute` made of its forward, for any length or for the one it
     meets."""
-    torch._dynamo.config.recompile_limit = 64           # with and without gradient, text alone, ..
+    torch._dynamo.config.recompile_limit = 512          # all layers of all models share one code,
+    torch._dynamo.config.accumulated_recompile_limit = 512      # and a decoder has forms of its own
     # else a norm's epsilon becomes an input, and g++ compiles for 20 s what converts it on the CPU
     torch._dynamo.config.specialize_float = True
     if not how:  # inductor may pad a product or not, by timing both: off, for one form a layer

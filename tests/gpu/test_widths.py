@@ -1,11 +1,6 @@
 """Every family at its real width on a GPU, four layers of it, against transformers.
 
-    python -m pytest -s tests/gpu/test_widths.py
-
-What a whole step costs beside Qwen2.5-VL's, at as many video tokens (patches are 16, not 14):
-
-    MODEL=random:7b OUT=runs/dry25 bash train.sh 7b --dry_run --offload
-    MODEL=random:qwen3-8b OUT=runs/dry3 bash train.sh 7b --dry_run --offload --max_pixels 131072
+What a whole step of each costs is measured by `python -m bench.engine ours families`.
 """
 
 import copy
@@ -23,7 +18,7 @@ from prompt import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
-T = 24
+T, SCORED = 24, 96      # tokens that are sampled, and scored
 WORDS = {"problem": "which way does the circle move " * 30, "options": [], "path": "",
          "problem_type": "numerical", "solution": "<answer>1</answer>", "problem_id": 0, "row": 0}
 
@@ -73,7 +68,7 @@ def plain_scores(model, prompt, rows):
     return torch.stack(found)
 
 
-def test_fp32_equals_transformers(plain, prompts):
+def test_fp32_equals_transformers(name, plain, prompts):
     ours = prepare(copy.deepcopy(plain), GPU)
     generator = torch.Generator(GPU).manual_seed(0)
     ids = torch.randint(20, 1000, (4, T), device=GPU, generator=generator)
@@ -81,31 +76,46 @@ def test_fp32_equals_transformers(plain, prompts):
         with torch.no_grad():
             got, _ = score(ours, prompt, ids)
             hidden, _ = score(ours, prompt.hidden(), ids)
-        assert (got - plain_scores(plain, prompt, ids)).abs().max() < 3e-4
+        gap = (got - plain_scores(plain, prompt, ids)).abs().max().item()
+        print(f"{name}: fp32 scores are at most {gap:.1e} nats from transformers'")
+        assert gap < (1e-4 if name == "random:7b/4" else 3e-4)
         assert (got - hidden).abs().max() > 1e-2
         want = plain.generate(**inputs_of(plain, prompt), max_new_tokens=T, do_sample=False,
                               eos_token_id=None, suppress_tokens=vision_tokens(plain.config))
         assert group.ids[0].tolist() == want[0, len(prompt.ids):].tolist()
 
 
+def cast(model, dtype):
+    """A copy with weights of this type; rotary frequencies stay as they were."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def test_bf16_is_as_near_to_fp32_as_transformers_is(name, plain, prompts):
     """And differentiates: every weight gets a finite gradient that is not zero."""
-    half = copy.deepcopy(plain).to(torch.bfloat16)
-    exact = copy.deepcopy(half).float()                         # the same rounded weights
+    half = cast(plain, torch.bfloat16)
+    exact = cast(half, torch.float32)                           # the same rounded weights
     ours = prepare(copy.deepcopy(half), GPU)
-    groups = sample(ours, prompts, 4, T, ends=())
-    with torch.no_grad():
-        scored = score_groups(ours, prompts, groups)
+    generator = torch.Generator(GPU).manual_seed(0)
+    ids = torch.randint(20, 1000, (4, SCORED), device=GPU, generator=generator)
+    sampled = sample(ours, prompts, 4, T, ends=())
     gaps = {"transformers": [], "score": [], "sample": []}
-    for prompt, group, (logp, _) in zip(prompts, groups, scored):
+    for prompt, group in zip(prompts, sampled):
+        want = plain_scores(exact, prompt, ids)
+        with torch.no_grad():
+            got, _ = score(ours, prompt, ids)
+        gaps["transformers"].append((plain_scores(half, prompt, ids) - want).abs().mean())
+        gaps["score"].append((got - want).abs().mean())
         want = plain_scores(exact, prompt, group.ids)
-        gaps["transformers"].append((plain_scores(half, prompt, group.ids) - want).abs().mean())
-        gaps["score"].append((logp - want).abs().mean())
         gaps["sample"].append((group.logp - want).abs().mean())
     means = {who: torch.stack(found).mean().item() for who, found in gaps.items()}
     print(name, "mean distance to fp32, nats:", {who: f"{x:.4f}" for who, x in means.items()})
-    assert max(means["score"], means["sample"]) < 1.15 * means["transformers"]
+    assert means["score"] < 1.2 * means["transformers"]         # the same tokens; chance is 5%
+    assert means["sample"] < 1.5 * means["transformers"]        # others, and fewer
     recompute(ours).train()
-    sum(logp.mean() for logp, _ in score_groups(ours, prompts, groups)).backward()
-    for key, p in ours.named_parameters():              # with recomputation
+    groups = score_groups(ours, prompts, sampled)
+    sum(logp.mean() for logp, _ in groups).backward()
+    for key, p in ours.named_parameters():                      # with recomputation
         assert torch.isfinite(p.grad).all() and p.grad.any(), key
