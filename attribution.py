@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ablations import MASKINGS, ORDERS, WEIGHTINGS, distances, soften
+from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, distances, soften
 from policy import Group, evaluating, predicting_states, score_groups
 from prompt import Prompt
 from run.options import Options
@@ -38,7 +38,6 @@ class Rollout:
     prompt: Prompt
     group: Group                            # the completions: ids, valid (G, T)
     seed: int                               # of sampling, even; the signals' is the next one
-    other: Tensor | None = None             # (n, 3, H, W) another clip, for --masking replace
 
     accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
     format: Tensor | None = None            # (G,) 1 where the completion has the asked-for form
@@ -148,7 +147,8 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
                     r.scores[name] = scores.nan_to_num(nan=0.0)
     for r in rollouts:
         r.chosen = choose(r.scores, r.group.valid, o.ratios, o.pool, o.ties)
-        r.key_mask = checked(f"weighting {o.weighting}", WEIGHTS[o.weighting](r, o), r.logp)
+        weights = WEIGHTS[o.weighting](r, o)
+        r.key_mask = checked(f"weighting {o.weighting}", weights, r.logp, least=0)
 
 
 # ---------------------------------------------------------------------------------------- selection
@@ -219,8 +219,9 @@ ADVANTAGES: dict[str, Callable] = {"group": lambda r, o: r.advantages}  # -> (G,
 PENALTIES: dict[str, Callable] = {"none": lambda r, o, model: None}     # -> (), for the loss
 BONUSES: dict[str, Callable] = {            # -> (G,) for each rollout; read(group) -> its texts
     "none": lambda rollouts, o, model, read: [torch.zeros_like(r.accuracy) for r in rollouts]}
-SEAMS = {"signals": SIGNALS, "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES,
-         "bonus": BONUSES}
+SEAMS = {           # what an option may name
+    "signals": SIGNALS, "masking": MASKINGS, "order": ORDERS, "distance": DISTANCES,
+    "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES, "bonus": BONUSES}
 
 
 def check_names(o: Options) -> None:
@@ -229,24 +230,27 @@ def check_names(o: Options) -> None:
         named = getattr(o, option)
         for name in [named] if isinstance(named, str) else named:
             if name not in registry:
-                known = ", ".join(registry)
-                what = option.removesuffix("s")
+                what, known = option.removesuffix("s"), ", ".join(registry)
                 raise SystemExit(f"error: unknown {what} {name!r}; known: {known}")
 
 
-def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> Tensor:
-    """What a rule gave; SystemExit, in one line, if its shape or device is not that of `like`, if
-    it is NaN and that is not, or if it has a gradient and may not (or has none)."""
-    want, fault = f"{tuple(like.shape)} on {like.device}", None
+def checked(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
+            least: float = -math.inf) -> Tensor:
+    """What a rule gave; SystemExit, in one line, if it has the shape and device of none of `like`,
+    is NaN (and they are not) or below `least`, or has a gradient and may not (or has none)."""
+    fault = None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"
-    elif value.shape != like.shape or value.device != like.device:
+    elif (value.shape, value.device) not in [(x.shape, x.device) for x in like]:
         fault = f"shape {tuple(value.shape)} on {value.device}"
     elif value.requires_grad != gradient:
         fault = f"one {'with a' if value.requires_grad else 'without'} gradient"
-    elif value.isnan().any() and not like.isnan().any():
+    elif value.isnan().any() and not any(x.isnan().any() for x in like):
         fault = "NaN"
+    elif (value < least).any():
+        fault = f"one below {least}"
     if fault:
-        raise SystemExit(f"error: {rule}: expected a tensor of shape {want} "
+        shapes = " or ".join(str(tuple(x.shape)) for x in like)
+        raise SystemExit(f"error: {rule}: expected a tensor of shape {shapes} on {like[0].device} "
                          f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
     return value

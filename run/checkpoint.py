@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from run.distributed import agree
+from run.distributed import add_up
 
 CARD = """---
 base_model: {base}
@@ -77,7 +77,8 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
                 options=json.dumps(options, indent=2)))
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
         failure = error                                         # RuntimeError
-    if not agree(failure is None, model.device):
+    failed = add_up({"ranks": failure is not None}, model.device)["ranks"]
+    if failed:
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {final} could not be written "
@@ -93,14 +94,14 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
         part.rename(final)
         for old in all_of(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
-    agree(True, model.device)               # nobody goes on before the checkpoint is in place
+    add_up({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
 
 
-def load_state(folder: Path, optimizer, expected: dict) -> dict:
+def load_state(folder: Path, optimizer, made_by: dict) -> dict:
     """Restore this rank's part of the optimizer; returns the rest of the training state.
 
-    expected: the state of a run that begins now. SystemExit where the checkpoint was made by
-    another number of processes, or under other options or data, so that it cannot be continued.
+    made_by: what makes a run that begins now. SystemExit where the checkpoint was made otherwise
+    (by another number of processes, under other options or data): it cannot be continued.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     files = sorted((folder / "training_state").glob("rank-*.pt"))
@@ -109,9 +110,9 @@ def load_state(folder: Path, optimizer, expected: dict) -> dict:
         raise SystemExit(f"error: {folder} was written by {len(files)} processes and this run has "
                          f"{optimizer.world}; start as many, {elsewhere}")
     state = torch.load(files[rank], map_location="cpu", weights_only=True)
-    there, now = state["made_by"], expected["made_by"]
-    changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in now.items()
-               if there.get(name) != value]
+    there = state["made_by"]
+    changed = [f"{name}: {there.get(name)!r} there, {value!r} now"
+               for name, value in made_by.items() if there.get(name) != value]
     if changed:
         raise SystemExit(f"error: {folder} was made otherwise ({'; '.join(changed)}); to continue "
                          f"exactly, start as it was started, {elsewhere}")

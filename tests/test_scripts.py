@@ -155,18 +155,6 @@ def test_clips_that_do_not_decode_are_found_before_the_start(checkpoint_folder, 
     assert len(usable) == 6 and left_out == set()
 
 
-def test_masking_by_another_clip_needs_one(checkpoint_folder, world, tmp_path):
-    """Two clips, of which one is left out."""
-    records = json.loads((world / "train.json").read_text())[:3]
-    records[2] |= {key: records[1][key] for key in ("path", "data_type")}
-    records[1] |= {key: records[0][key] for key in ("path", "data_type")}
-    data, bad = tmp_path / "data.json", tmp_path / "bad.json"
-    data.write_text(json.dumps(records))
-    bad.write_text(json.dumps([{"row": 2, "path": records[2]["path"]}]))
-    more = ["--videos", world, "--masking", "replace", "--leave_out", bad]
-    assert "--masking replace: " in refuse(checkpoint_folder, data, tmp_path / "out", *more)
-
-
 def test_fewer_gpus_than_processes(checkpoint_folder, world, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -181,7 +169,7 @@ def test_a_size_that_is_not_there(world, tmp_path):
 
 
 @pytest.mark.parametrize("gone", [
-    "config.json", "preprocessor_config.json", "chat_template.jinja", "model.safetensors"])
+    "config.json", "preprocessor_config.json", "chat_template.jinja"])
 def test_an_incomplete_model_folder(checkpoint_folder, world, tmp_path, gone):
     """As a broken download leaves it; without this, every rank would fail by itself."""
     folder = tmp_path / "model"
