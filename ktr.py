@@ -263,9 +263,9 @@ def keep(o: Options, run: Run, rollouts: list[Rollout], stopping: bool) -> None:
                          f"{out}/skipped.*.jsonl; `python data.py check {o.data} --videos "
                          f"{o.videos}` lists them all for --leave_out")
     if o.save_every and (done % o.save_every == 0 or done == steps or stopping):
-        with run.leaving.saving():
-            checkpoint.save(out, run.model, run.processor, run.optimizer, state, asdict(o), steps,
-                            o.keep)
+        run.leaving.saving = True
+        checkpoint.save(out, run.model, run.processor, run.optimizer, state, o.keep)
+        run.leaving.saving = False
     if stopping and done < steps:
         if run.rank == 0:
             saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
@@ -313,7 +313,8 @@ def main(o: Options) -> None:
         state["not_finite"] = 0 if finite else state["not_finite"] + 1
         more = {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}
         run.log.step(step + 1, stream.steps, totals, more, clock)           # log
-        keep(o, run, rollouts, run.leaving.step_ended(totals["leaving"]))   # save
+        stopping = run.leaving.step_ended(clock.total, totals["leaving"])
+        keep(o, run, rollouts, stopping)                                    # save
     run.leaving.heard.set()
     if run.rank == 0 and o.save_every:
         final = checkpoint.point_to_newest(Path(o.out))

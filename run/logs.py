@@ -38,6 +38,10 @@ class Clock:
         self.seconds[phase] += now - self.last
         self.last = now
 
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
 
 # ------------------------------------------------------------------------------------------ metrics
 def measured(r) -> dict[str, float]:
@@ -149,7 +153,7 @@ class Log:
         """One row: means over the prompts of all ranks; seconds and memory are rank 0's."""
         if self.rank:
             return
-        n, seconds = max(totals["prompts"], 1), sum(clock.seconds.values())
+        n, seconds = max(totals["prompts"], 1), clock.total
         means = {name: value / n for name, value in totals.items() if name != "leaving"}
         cuda = torch.cuda.is_available()
         row = {"step": step, **means, **more, "tokens": totals["tokens"],
