@@ -146,7 +146,8 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
                     scores = checked(f"signal {name}", scores, r.logp)      # skips the step
                     r.scores[name] = scores.nan_to_num(nan=0.0)
     for r in rollouts:
-        r.chosen = choose(r.scores, r.group.valid, o.ratios, o.pool, o.ties)
+        for name, scores in r.scores.items():
+            r.chosen[name] = top_tokens(scores, r.group.valid, o.ratios[name], o.pool, o.ties)
         weights = WEIGHTS[o.weighting](r, o)
         r.key_mask = checked(f"weighting {o.weighting}", weights, r.logp, least=0)
 
@@ -188,13 +189,6 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
     return mask.masked_scatter(valid, kept)
 
 
-def choose(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
-           pool: str = "group", ties: str = "exact") -> dict[str, Tensor]:
-    """Each signal's own top tokens (G, T)."""
-    return {name: top_tokens(scores, valid, ratios[name], pool, ties)
-            for name, scores in signals.items()}
-
-
 def union(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
     """(G, T) bool: the tokens that any signal chose."""
     mask = torch.zeros_like(valid, dtype=torch.bool)
@@ -206,7 +200,9 @@ def union(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
 def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
            pool: str = "group", ties: str = "exact") -> Tensor:
     """The key mask m (G, T): the union of each signal's top tokens (eq. 5)."""
-    return union(choose(signals, valid, ratios, pool, ties), valid)
+    chosen = {name: top_tokens(scores, valid, ratios[name], pool, ties)
+              for name, scores in signals.items()}
+    return union(chosen, valid)
 
 
 # ------------------------------------------------------------------------ the other seams of a rule

@@ -5,6 +5,8 @@
 """
 
 import os
+from collections.abc import Iterator
+from itertools import count, islice, takewhile
 from pathlib import Path
 from random import Random
 
@@ -86,31 +88,33 @@ def limits_of(o: Options) -> Limits:
                   pixels=o.pixels, seconds=o.seconds)
 
 
+def order(seed: int, records: int, per_epoch: int, left_out: set[int],
+          begin: int) -> Iterator[tuple[int, int]]:
+    """(place, index of its record) without end, from a place on. Every epoch is another permutation
+    of the records, cut to per_epoch of them; records left out are passed over, and as they keep
+    their places more of them may be left out when a run goes on."""
+    for place in count(begin):
+        epoch, i = divmod(place, per_epoch)
+        if i == 0 or place == begin:
+            generator = torch.Generator().manual_seed(seed + epoch)
+            permuted = torch.randperm(records, generator=generator).tolist()
+        if permuted[i] not in left_out:
+            yield place, permuted[i]
+
+
 def plan(o: Options, records: int, left_out: set[int], B: int, first: int,
          begin: int) -> tuple[list[tuple[int, int]], int]:
-    """The prompts from step `first` on, B a step, and the number of steps of the whole run.
-
-    A prompt is (its place in the run's order, its record's index). Every epoch is a permutation of
-    the records, cut to whole steps; places from `begin` on are taken, and those of records left out
-    are passed over, so that records may be left out when a run goes on.
-    """
+    """The (place, index) of the run's prompts from step `first` and place `begin` on, B a step; and
+    the number of steps of the whole run."""
     per_epoch, usable = records // B * B, records - len(left_out)
     if usable < B:
         raise SystemExit(f"error: {usable} records are too few for one step of {B} prompts")
-    ahead: list[tuple[int, int]] = []
-
-    def complete(epoch: int) -> bool:
-        return len(ahead) >= (o.max_steps - first) * B if o.max_steps else epoch >= o.epochs
-
-    epoch = begin // per_epoch
-    while not complete(epoch):
-        generator = torch.Generator().manual_seed(o.seed + epoch)
-        permuted = torch.randperm(records, generator=generator)[:per_epoch].tolist()
-        for place, index in enumerate(permuted, epoch * per_epoch):
-            if place >= begin and index not in left_out:
-                ahead.append((place, index))
-        epoch += 1
-    return ahead, o.max_steps or first + len(ahead) // B
+    endless = order(o.seed, records, per_epoch, left_out, begin)
+    if o.max_steps:
+        ahead = list(islice(endless, max(0, o.max_steps - first) * B))
+    else:
+        ahead = list(takewhile(lambda item: item[0] < o.epochs * per_epoch, endless))
+    return ahead, first + len(ahead) // B
 
 
 def seed_of(o: Options, place: int) -> int:

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or not there, and SIGTERM.
 
-A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it) with a model card
-and, under training_state/, one file per rank. It is written aside as NAME.part and renamed when
-every rank has finished; older ones go only after that. So whatever kills a run, its newest
-checkpoint is whole.
+A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it), made_by.json (the
+options, how many processes and records) and, under training_state/, one file per rank. It is
+written aside as NAME.part and renamed when every rank has finished; older ones go only after that.
+So whatever kills a run, its newest checkpoint is whole.
 """
 
 import json
@@ -18,22 +18,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from run.distributed import add_up
-
-CARD = """---
-base_model: {base}
-library_name: transformers
-pipeline_tag: video-text-to-text
-tags: [grpo, video-ktr]
----
-
-# Video-KTR: {base} after {step} steps
-
-Trained with GRPO on key tokens (Video-KTR, arXiv 2601.19686).
-
-```json
-{options}
-```
-"""
 
 
 def all_of(out: Path) -> list[Path]:
@@ -69,9 +53,7 @@ def save(out: Path, model, processor, optimizer, state: dict, keep: int) -> None
         if rank == 0:
             model.save_pretrained(part)
             processor.save(part)
-            made_by = state["made_by"]
-            (part / "README.md").write_text(CARD.format(
-                base=made_by["model"], step=state["step"], options=json.dumps(made_by, indent=2)))
+            (part / "made_by.json").write_text(json.dumps(state["made_by"], indent=2))
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
         failure = error                                         # RuntimeError
     failed = add_up({"ranks": failure is not None}, model.device)["ranks"]

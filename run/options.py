@@ -117,17 +117,11 @@ class Options:
         return {name: 1.0 if name == "all" else self.ratio for name in self.signals}
 
 
-ALLOWED = {         # what values may be: (whether one is, the options that it holds for)
-    "above 0": (lambda x: x > 0, "temperature clip lr max_grad_norm sample_fps max_pixels "
-                                 "image_pixels"),
-    "0 or more": (lambda x: x >= 0, "top_k beta clip_high length_low length_high length_bonus "
-                                    "warmup_steps weight_decay max_steps workers save_every "
-                                    "sample_every"),
-    "1 or more": (lambda x: x >= 1, "max_new_tokens updates epochs prompts_per_step max_prompt "
-                                    "keep"),
+LIMITS = {          # of numbers, which are all 0 or more: (whether it is kept, the options)
+    "above 0": (lambda x: x > 0, "temperature top_p clip lr max_grad_norm sample_fps max_pixels "
+                "image_pixels max_prompt max_new_tokens updates epochs prompts_per_step keep"),
     "2 or more": (lambda x: x >= 2, "G max_frames"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "ratio"),
-    "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
+    "at most 1": (lambda x: x <= 1, "ratio top_p"),
 }
 
 
@@ -159,10 +153,13 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("a rule's OPTIONS cannot name another --rule")
     parser.set_defaults(**PRESETS[first.preset])
     o = Options(**vars(parser.parse_args([*of_rules, *given])))
-    for what, (allowed, names) in ALLOWED.items():
+    for name, value in vars(o).items():
+        if isinstance(value, float | int) and not 0 <= value < math.inf:
+            parser.error(f"--{name} must be 0 or more, not {value}")
+    for what, (kept, names) in LIMITS.items():
         for name in names.split():
             value = getattr(o, name)
-            if not (math.isfinite(value) and allowed(value)):
+            if not kept(value):
                 parser.error(f"--{name} must be {what}, not {value}")
     if set(o.freeze) == set(PARTS):
         parser.error("--freeze leaves nothing to train")

@@ -125,8 +125,8 @@ def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
     assert any(not torch.equal(trained[k], base[k]) for k in base)
     assert AutoTokenizer.from_pretrained(final).chat_template
     assert json.loads((final / "preprocessor_config.json").read_text())["patch_size"] == 14
-    card = (final / "README.md").read_text()
-    assert "library_name: transformers" in card and '"signals"' in card and "after 6 steps" in card
+    made_by = json.loads((final / "made_by.json").read_text())
+    assert made_by["model"] == str(checkpoint_folder) and made_by["signals"][0] == "visual"
 
 
 def test_training_moves_towards_reward(run, tmp_path, monkeypatch):
