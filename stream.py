@@ -39,11 +39,11 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
     except (ValueError, OSError) as error:
         fail(error)
     try:
-        processor, weights = load_processor(o.model), weight_count(o.model)
+        processor = load_processor(o.model)
     except (ValueError, OSError, AttributeError, KeyError) as error:    # another architecture
         fail(f"--model {o.model}: no checkpoint to start from: "
              f"{str(error).strip().splitlines()[0]}")
-    check_memory(o, weights)
+    check_memory(o)
     rows = len(records) + len(malformed)
     if len(malformed) > UNUSABLE * rows and not o.leave_out:    # then the list has been seen
         fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
@@ -64,7 +64,7 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
     return records, left_out
 
 
-def check_memory(o: Options, weights: int) -> None:
+def check_memory(o: Options) -> None:
     """SystemExit, saying what to do, where a GPU cannot hold what lasts through a run.
 
     Bytes a weight: 2, and 2 of gradient, 2 of the reference (bf16), 12/N of N processes' optimizer.
@@ -73,8 +73,9 @@ def check_memory(o: Options, weights: int) -> None:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
     world = int(os.environ.get("WORLD_SIZE", here))             # torchrun's; train.sh checks before
-    each = torch.finfo(getattr(torch, o.dtype)).bits // 8 * (3 if o.beta > 0 else 2)
-    needed = weights * (each + (0 if o.offload else 12 / world)) / 2 ** 30
+    weights, each = weight_count(o.model), torch.finfo(getattr(torch, o.dtype)).bits // 8
+    bytes_a_weight = each * (3 if o.beta > 0 else 2) + (0 if o.offload else 12 / world)
+    needed = weights * bytes_a_weight / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if needed > 0.97 * there:
         raise SystemExit(
