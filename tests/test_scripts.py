@@ -184,7 +184,7 @@ def test_a_size_that_is_not_there(world, tmp_path):
 
 
 @pytest.mark.parametrize("gone", [
-    "config.json", "preprocessor_config.json", "chat_template.jinja"])
+    "config.json", "preprocessor_config.json", "chat_template.jinja", "model.safetensors"])
 def test_an_incomplete_model_folder(checkpoint_folder, world, tmp_path, gone):
     """As a broken download leaves it; without this, every rank would fail by itself."""
     folder = tmp_path / "model"
