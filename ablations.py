@@ -11,13 +11,16 @@ attribution.Rollout, options `o` are run.options.Options.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import load_media, read_records
 from policy import Group, hidden_states, unflatten
-from prompt import Prompt
+from prompt import BadRecord, Prompt
+from stream import limits_of
 
 LOGITS_AT_ONCE = 1 << 27        # while distributions are compared: 0.5 GiB in fp32
 
@@ -31,13 +34,27 @@ def half(r, o) -> Prompt:
     return r.prompt.thinned(keep)
 
 
+@cache
+def records_in(data: str, leave_out: str) -> list[dict]:
+    return read_records(data, leave_out or None)[0]
+
+
 def another(r, o) -> Prompt:
-    """The clip of another question, brought to the same number and size of frames."""
-    frames = r.prompt.frames
-    index = torch.linspace(0, len(r.other) - 1, len(frames)).round().long()
-    size = frames.shape[-2:]
-    return r.prompt.showing(F.interpolate(r.other[index], size=size, mode="bicubic",
-                                          antialias=True))
+    """The clip of another question, brought to the same number and size of frames. It is decoded
+    here and now; the next one is tried where it cannot be. SystemExit where there is none."""
+    records, frames = records_in(o.data, o.leave_out), r.prompt.frames
+    for i in torch.randperm(len(records), generator=r.generator).tolist():
+        if records[i]["path"] == r.prompt.record["path"]:
+            continue
+        try:
+            other, _ = load_media(records[i], o.videos, limits_of(o), r.prompt.vision)
+        except BadRecord:
+            continue
+        index = torch.linspace(0, len(other) - 1, len(frames)).round().long()
+        size = frames.shape[-2:]
+        return r.prompt.showing(F.interpolate(other[index], size=size, mode="bicubic",
+                                              antialias=True))
+    raise SystemExit(f"error: --masking replace: {o.data} has no clip that can be shown instead")
 
 
 MASKINGS: dict[str, Callable[..., Prompt]] = {          # (r, o) -> prompt
@@ -84,7 +101,8 @@ def js(p: Tensor, q: Tensor) -> Tensor:
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {    # of log p, log q (n, V) -> (n,)
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {     # of log p, log q (n, V)
+    "logp": None,       # the sampled token's own: attribution.shift           # -> (n,)
     "l1": lambda p, q: (p.exp() - q.exp()).abs().sum(-1),
     "l2": lambda p, q: (p.exp() - q.exp()).square().sum(-1).sqrt(),
     "kl": kl,

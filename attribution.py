@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ablations import MASKINGS, ORDERS, WEIGHTINGS, distances, soften
+from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, distances, soften
 from policy import Group, evaluating, predicting_states, score_groups
 from prompt import Prompt
 from run.options import Options
@@ -38,7 +38,6 @@ class Rollout:
     prompt: Prompt
     group: Group                            # the completions: ids, valid (G, T)
     seed: int                               # of sampling, even; the signals' is the next one
-    other: Tensor | None = None             # (n, 3, H, W) another clip, for --masking replace
 
     accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
     format: Tensor | None = None            # (G,) 1 where the completion has the asked-for form
@@ -147,8 +146,10 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
                     scores = checked(f"signal {name}", scores, r.logp)      # skips the step
                     r.scores[name] = scores.nan_to_num(nan=0.0)
     for r in rollouts:
-        r.chosen = choose(r.scores, r.group.valid, o.ratios, o.pool, o.ties)
-        r.key_mask = checked(f"weighting {o.weighting}", WEIGHTS[o.weighting](r, o), r.logp)
+        for name, scores in r.scores.items():
+            r.chosen[name] = top_tokens(scores, r.group.valid, o.ratios[name], o.pool, o.ties)
+        weights = WEIGHTS[o.weighting](r, o)
+        r.key_mask = checked(f"weighting {o.weighting}", weights, r.logp, least=0)
 
 
 # ---------------------------------------------------------------------------------------- selection
@@ -188,13 +189,6 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
     return mask.masked_scatter(valid, kept)
 
 
-def choose(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
-           pool: str = "group", ties: str = "exact") -> dict[str, Tensor]:
-    """Each signal's own top tokens (G, T)."""
-    return {name: top_tokens(scores, valid, ratios[name], pool, ties)
-            for name, scores in signals.items()}
-
-
 def union(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
     """(G, T) bool: the tokens that any signal chose."""
     mask = torch.zeros_like(valid, dtype=torch.bool)
@@ -206,7 +200,9 @@ def union(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
 def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
            pool: str = "group", ties: str = "exact") -> Tensor:
     """The key mask m (G, T): the union of each signal's top tokens (eq. 5)."""
-    return union(choose(signals, valid, ratios, pool, ties), valid)
+    chosen = {name: top_tokens(scores, valid, ratios[name], pool, ties)
+              for name, scores in signals.items()}
+    return union(chosen, valid)
 
 
 # ------------------------------------------------------------------------ the other seams of a rule
@@ -219,8 +215,9 @@ ADVANTAGES: dict[str, Callable] = {"group": lambda r, o: r.advantages}  # -> (G,
 PENALTIES: dict[str, Callable] = {"none": lambda r, o, model: None}     # -> (), for the loss
 BONUSES: dict[str, Callable] = {            # -> (G,) for each rollout; read(group) -> its texts
     "none": lambda rollouts, o, model, read: [torch.zeros_like(r.accuracy) for r in rollouts]}
-SEAMS = {"signals": SIGNALS, "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES,
-         "bonus": BONUSES}
+SEAMS = {           # what an option may name
+    "signals": SIGNALS, "masking": MASKINGS, "order": ORDERS, "distance": DISTANCES,
+    "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES, "bonus": BONUSES}
 
 
 def check_names(o: Options) -> None:
@@ -229,24 +226,27 @@ def check_names(o: Options) -> None:
         named = getattr(o, option)
         for name in [named] if isinstance(named, str) else named:
             if name not in registry:
-                known = ", ".join(registry)
-                what = option.removesuffix("s")
+                what, known = option.removesuffix("s"), ", ".join(registry)
                 raise SystemExit(f"error: unknown {what} {name!r}; known: {known}")
 
 
-def checked(rule: str, value: Tensor, like: Tensor, gradient: bool = False) -> Tensor:
-    """What a rule gave; SystemExit, in one line, if its shape or device is not that of `like`, if
-    it is NaN and that is not, or if it has a gradient and may not (or has none)."""
-    want, fault = f"{tuple(like.shape)} on {like.device}", None
+def checked(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
+            least: float = -math.inf) -> Tensor:
+    """What a rule gave; SystemExit, in one line, if it has the shape and device of none of `like`,
+    is NaN (and they are not) or below `least`, or has a gradient and may not (or has none)."""
+    fault = None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"
-    elif value.shape != like.shape or value.device != like.device:
+    elif (value.shape, value.device) not in [(x.shape, x.device) for x in like]:
         fault = f"shape {tuple(value.shape)} on {value.device}"
     elif value.requires_grad != gradient:
         fault = f"one {'with a' if value.requires_grad else 'without'} gradient"
-    elif value.isnan().any() and not like.isnan().any():
+    elif value.isnan().any() and not any(x.isnan().any() for x in like):
         fault = "NaN"
+    elif (value < least).any():
+        fault = f"one below {least}"
     if fault:
-        raise SystemExit(f"error: {rule}: expected a tensor of shape {want} "
+        shapes = " or ".join(str(tuple(x.shape)) for x in like)
+        raise SystemExit(f"error: {rule}: expected a tensor of shape {shapes} on {like[0].device} "
                          f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
     return value

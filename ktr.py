@@ -17,6 +17,7 @@ Where the paper and the released code differ there is an option; --preset sets t
 log-probabilities are equal, rho is 1 and the clip never binds; both stay, as the formula has them.
 """
 
+import json
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -33,12 +34,12 @@ from attribution import (ADVANTAGES, BONUSES, PENALTIES, Rollout, attribute, che
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from grpo import group_advantages, grpo_loss
-from policy import Group, batches, evaluating, freeze, load, sample, score_groups
+from policy import Group, batches, freeze, load, sample, score_groups
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
 from run import checkpoint
-from run.distributed import distributed, leave
-from run.logs import Clock, Log, add_up, counted, sample_of
+from run.distributed import add_up, distributed, leave
+from run.logs import Clock, Log, counted, rewind, sample_of
 from run.options import MAY_CHANGE, Options, parse
 from stream import UNUSABLE, Stream, preflight
 
@@ -63,15 +64,14 @@ def judge(o: Options, processor: Processor, group: Group, record: dict) -> tuple
 
 
 def roll_out(o: Options, model: nn.Module, processor: Processor,
-             prompts: list[tuple[Prompt, int, Tensor | None]]) -> list[Rollout]:
-    """Sample a group for each prompt and judge it."""
+             prompts: list[tuple[Prompt, int]]) -> list[Rollout]:
+    """Sample a group for each (prompt, seed) and judge it."""
     if not prompts:
         return []
-    groups = sample(model, [prompt for prompt, *_ in prompts], o.G, o.max_new_tokens,
-                    temperature=o.temperature, top_p=o.top_p, top_k=o.top_k,
-                    seeds=[seed for _, seed, _ in prompts])
-    rollouts = [Rollout(prompt, group, seed, other)
-                for (prompt, seed, other), group in zip(prompts, groups)]
+    shown, seeds = zip(*prompts)
+    groups = sample(model, shown, o.G, o.max_new_tokens, temperature=o.temperature,
+                    top_p=o.top_p, top_k=o.top_k, seeds=seeds)
+    rollouts = list(map(Rollout, shown, groups, seeds))
     for r in rollouts:
         r.accuracy, r.format = judge(o, processor, r.group, r.prompt.record)
     given = BONUSES[o.bonus](rollouts, o, model, partial(read, processor))
@@ -87,7 +87,7 @@ def reward(o: Options, r: Rollout) -> None:
     lengths = counted.sum(-1).cpu()
     r.bonus = length_bonus(r.accuracy, lengths, o.length_low, o.length_high, o.length_bonus)
     r.rewards = r.accuracy + r.format + r.bonus + r.extra
-    r.advantages = group_advantages(r.rewards)
+    r.advantages = group_advantages(r.rewards).to(r.group.valid.device)
     r.borne = r.group.valid
     if o.mask_cut:
         r.borne = r.borne & r.group.ended[:, None]
@@ -149,13 +149,12 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
         if first:
             r.old_logp = r.logp.detach()
             reward(o, r)
-            r.advantages = r.advantages.to(r.logp.device)
-        A = ADVANTAGES[o.advantage](r, o)                                   # (G,) or (G, T)
-        like = r.logp if getattr(A, "ndim", 1) == 2 else r.advantages
+        A = checked(f"advantage {o.advantage}", ADVANTAGES[o.advantage](r, o),
+                    r.advantages, r.old_logp)                               # (G,) or (G, T)
         one, r.metrics = grpo_loss(
-            r.logp, r.old_logp, r.ref_logp, checked(f"advantage {o.advantage}", A, like), r.borne,
-            r.key_mask, beta=o.beta, clip=o.clip, clip_high=o.clip_high, normalize=o.normalize,
-            total=total, kl_on=o.kl_on, kl_estimator=o.kl_estimator)
+            r.logp, r.old_logp, r.ref_logp, A, r.borne, r.key_mask, beta=o.beta, clip=o.clip,
+            clip_high=o.clip_high, normalize=o.normalize, total=total, kl_on=o.kl_on,
+            kl_estimator=o.kl_estimator)
         penalty = PENALTIES[o.penalty](r, o, model)
         if penalty is not None:
             one = one + checked(f"penalty {o.penalty}", penalty, r.logp.sum(), gradient=True)
@@ -175,17 +174,6 @@ def learning_rate(o: Options, step: int, steps: int) -> float:
     return o.lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def watch(o: Options, model: nn.Module, processor: Processor,
-          looked_at: tuple[Prompt, int, Tensor | None]) -> Rollout:
-    """A rollout of a prompt that is looked at through the whole run; nothing is learnt from it."""
-    (r,) = roll_out(o, model, processor, [looked_at])
-    with evaluating(model):
-        ((r.logp, r.entropy),) = score_groups(model, [r.prompt], [r.group])
-    attribute([r], o, model)
-    reward(o, r)
-    return r
-
-
 # -------------------------------------------------------------------------------------------- main
 @dataclass
 class Run:
@@ -202,7 +190,6 @@ class Run:
     log: Log
     stream: Stream
     leaving: checkpoint.Preemption
-    watched: tuple[Prompt, int, Tensor | None] | None           # looked at through the whole run
 
 
 def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
@@ -233,19 +220,20 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
 
     options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
     made_by = {**options, "processes": world, "records": len(records)}
-    state = {"step": 0, "place": 0, "seen": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
+    state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
     if resumed:
-        state = checkpoint.load_state(resumed, optimizer, state)
+        state = checkpoint.load_state(resumed, optimizer, made_by)
         trained += f"; continuing from {resumed}"
-    log = Log(o, out, rank, state["step"])
-    stream = Stream(o, records, left_out, processor, log, rank, world, state)
-    watched = None
     if rank == 0:
         print(trained)
         checkpoint.sweep(out)
-        watched = stream.watched()
+        rewind(out, state["step"])
+        (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
+    add_up({"ranks": 1}, device)            # none writes before that is done
+    log = Log(out, rank)
+    stream = Stream(o, records, left_out, processor, log, rank, world, state)
     return Run(rank, world, device, model, processor, optimizer, scorer, reference, state, log,
-               stream, leaving, watched)
+               stream, leaving)
 
 
 @contextmanager
@@ -259,31 +247,25 @@ def naming(rank: int, step: int, records: list[dict]):
         raise
 
 
-def stop_if_hopeless(o: Options, state: dict) -> None:
-    """SystemExit where the model has broken, or the data is not what it should be."""
+def keep(o: Options, run: Run, rollouts: list[Rollout], stopping: bool) -> None:
+    """Samples and checkpoints when they are due after a step; SystemExit where the run must end:
+    asked by SIGTERM, or the model has broken, or the data is not what it should be."""
+    state, steps, out = run.state, run.stream.steps, Path(o.out)
+    done = state["step"]
+    if run.rank == 0 and rollouts and done % (o.sample_every or max(1, steps // 100)) == 0:
+        run.log.append("samples.jsonl", sample_of(rollouts[0], done, run.processor.tokenizer))
     if state["not_finite"] >= PATIENCE:
         raise SystemExit(f"error: the gradient was not finite in {PATIENCE} steps in a row; lower "
-                         f"--lr, or look at {Path(o.out) / 'samples.jsonl'}")
-    if state["skipped"] > UNUSABLE * max(state["seen"], 100):
-        raise SystemExit(f"error: {state['skipped']} of {state['seen']} records could not be used, "
-                         f"named in {o.out}/skipped.*.jsonl; `python data.py check {o.data} "
-                         f"--videos {o.videos}` lists them all for --leave_out")
-
-
-def keep(o: Options, run: Run, step: int, rollouts: list[Rollout], stopping: bool) -> None:
-    """Samples and checkpoints when they are due after a step; SystemExit where the run must end."""
-    done, steps, out = step + 1, run.stream.steps, Path(o.out)
-    if run.rank == 0 and done % (o.sample_every or max(1, steps // 100)) == 0:
-        for r in rollouts[:1]:
-            run.log.sample(sample_of(r, done, run.processor.tokenizer))
-        if run.watched:
-            r = watch(o, run.model, run.processor, run.watched)
-            run.log.sample(sample_of(r, done, run.processor.tokenizer, watched=True))
-    stop_if_hopeless(o, run.state)
+                         f"--lr, or look at {out / 'samples.jsonl'}")
+    seen = done * run.stream.B
+    if state["skipped"] > UNUSABLE * max(seen, 100):
+        raise SystemExit(f"error: {state['skipped']} of {seen} records could not be used, named in "
+                         f"{out}/skipped.*.jsonl; `python data.py check {o.data} --videos "
+                         f"{o.videos}` lists them all for --leave_out")
     if o.save_every and (done % o.save_every == 0 or done == steps or stopping):
-        with run.leaving.saving():
-            checkpoint.save(out, run.model, run.processor, run.optimizer, run.state, asdict(o),
-                            steps, o.keep)
+        run.leaving.saving = True
+        checkpoint.save(out, run.model, run.processor, run.optimizer, state, o.keep)
+        run.leaving.saving = False
     if stopping and done < steps:
         if run.rank == 0:
             saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
@@ -312,28 +294,27 @@ def main(o: Options) -> None:
             rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]
             parts = batches(rows, ROW_TOKENS) or [slice(0)]
             total = divisor(o, rollouts, run.world, run.device)
-        for _ in range(o.updates):
-            with naming(run.rank, step, stream.records_of(step)):
+            for _ in range(o.updates):
                 for part in parts:                                          # score .. backward
                     last = part is parts[-1]    # DDP averages in the last backward
                     with nullcontext() if last or run.world == 1 else run.scorer.no_sync():
                         learn(o, run.scorer, run.reference, rollouts[part], 1 / A, total, clock)
 
-            norm = optimizer.grad_norm()        # the same on every rank
-            totals = add_up(counted(o, rollouts, run.leaving.asked), run.device)
-            finite = math.isfinite(norm)
-            if finite and totals["prompts"]:
-                optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))   # step
-            optimizer.zero_grad()
-            clock("step")
+                norm = optimizer.grad_norm()    # the same on every rank
+                totals = add_up(counted(o, rollouts, run.leaving.asked), run.device)
+                finite = math.isfinite(norm)
+                if finite and totals["prompts"]:
+                    optimizer.step(lr, min(1.0, o.max_grad_norm / (norm + 1e-6)))   # step
+                optimizer.zero_grad()
+                clock("step")
 
-        skipped = state["skipped"] + A * run.world - int(totals["prompts"])
-        state |= {"step": step + 1, "place": stream.place_after(step), "skipped": skipped,
-                  "seen": state["seen"] + A * run.world,
-                  "not_finite": 0 if finite else state["not_finite"] + 1}
-        more = {"grad_norm": norm, "lr": lr, "skipped": skipped}
+        state["step"], state["place"] = step + 1, stream.place_after(step)
+        state["skipped"] += stream.B - int(totals["prompts"])
+        state["not_finite"] = 0 if finite else state["not_finite"] + 1
+        more = {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}
         run.log.step(step + 1, stream.steps, totals, more, clock)           # log
-        keep(o, run, step, rollouts, run.leaving.step_ended(totals["leaving"]))     # save
+        stopping = run.leaving.step_ended(clock.total, totals["leaving"])
+        keep(o, run, rollouts, stopping)                                    # save
     run.leaving.heard.set()
     if run.rank == 0 and o.save_every:
         final = checkpoint.point_to_newest(Path(o.out))

@@ -51,7 +51,7 @@ def look(name: str, o: Options, model, processor, world: str, questions: int):
     data, rows = Prompts(clips, world, processor), []
     for i in range(len(data)):
         with passes_counted() as counts:
-            (mine,) = ktr.roll_out(o, model, processor, [(data[i], 2 * i, None)])
+            (mine,) = ktr.roll_out(o, model, processor, [(data[i], 2 * i)])
             total = ktr.divisor(o, [mine], 1, model.device)
             ktr.learn(o, ktr.Scorer(model), None, [mine], 1.0, total, Clock(model.device))
         r = replace(mine, scores={}, chosen={})

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or not there, and SIGTERM.
 
-A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it) with a model card
-and, under training_state/, one file per rank. It is written aside as NAME.part and renamed when
-every rank has finished; older ones go only after that. So whatever kills a run, its newest
-checkpoint is whole.
+A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it), made_by.json (the
+options, how many processes and records) and, under training_state/, one file per rank. It is
+written aside as NAME.part and renamed when every rank has finished; older ones go only after that.
+So whatever kills a run, its newest checkpoint is whole.
 """
 
 import json
@@ -11,31 +11,13 @@ import os
 import shutil
 import signal
 import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from run.distributed import agree
-
-CARD = """---
-base_model: {base}
-library_name: transformers
-pipeline_tag: video-text-to-text
-tags: [grpo, video-ktr]
----
-
-# Video-KTR: {base} after {step} of {steps} steps
-
-Trained with GRPO on key tokens (Video-KTR, arXiv 2601.19686).
-
-```json
-{options}
-```
-"""
+from run.distributed import add_up
 
 
 def all_of(out: Path) -> list[Path]:
@@ -54,8 +36,7 @@ def sweep(out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save(out: Path, model, processor, optimizer, state: dict, options: dict, steps: int,
-         keep: int) -> None:
+def save(out: Path, model, processor, optimizer, state: dict, keep: int) -> None:
     """Write OUT/checkpoint-STEP (state["step"]), then drop all but the newest `keep`.
 
     Every rank calls it. OSError on all ranks, naming the last good checkpoint, if any rank cannot
@@ -72,12 +53,11 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
         if rank == 0:
             model.save_pretrained(part)
             processor.save(part)
-            (part / "README.md").write_text(CARD.format(
-                base=options["model"], step=state["step"], steps=steps,
-                options=json.dumps(options, indent=2)))
+            (part / "made_by.json").write_text(json.dumps(state["made_by"], indent=2))
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
         failure = error                                         # RuntimeError
-    if not agree(failure is None, model.device):
+    failed = add_up({"ranks": failure is not None}, model.device)["ranks"]
+    if failed:
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {final} could not be written "
@@ -93,28 +73,26 @@ def save(out: Path, model, processor, optimizer, state: dict, options: dict, ste
         part.rename(final)
         for old in all_of(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
-    agree(True, model.device)               # nobody goes on before the checkpoint is in place
+    add_up({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
 
 
-def load_state(folder: Path, optimizer, expected: dict) -> dict:
+def load_state(folder: Path, optimizer, made_by: dict) -> dict:
     """Restore this rank's part of the optimizer; returns the rest of the training state.
 
-    expected: the state of a run that begins now. SystemExit where the checkpoint was made by
-    another number of processes, or under other options or data, so that it cannot be continued.
+    made_by: what makes a run that begins now. SystemExit where the checkpoint was made otherwise
+    (by another number of processes, under other options or data): it cannot be continued.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     files = sorted((folder / "training_state").glob("rank-*.pt"))
-    elsewhere = f"or begin a new run from its weights: --model {folder} --out ANOTHER"
-    if len(files) != optimizer.world:
-        raise SystemExit(f"error: {folder} was written by {len(files)} processes and this run has "
-                         f"{optimizer.world}; start as many, {elsewhere}")
-    state = torch.load(files[rank], map_location="cpu", weights_only=True)
-    there, now = state["made_by"], expected["made_by"]
-    changed = [f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in now.items()
-               if there.get(name) != value]
+    file = files[rank % len(files)]         # any tells what made it, should there be too few
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    there = state["made_by"]
+    changed = [f"{name}: {there.get(name)!r} there, {value!r} now"
+               for name, value in made_by.items() if there.get(name) != value]
     if changed:
         raise SystemExit(f"error: {folder} was made otherwise ({'; '.join(changed)}); to continue "
-                         f"exactly, start as it was started, {elsewhere}")
+                         f"exactly, start as it was started, or begin a new run from its weights: "
+                         f"--model {folder} --out ANOTHER")
     optimizer.load_state_dict(state.pop("optimizer"))
     return state
 
@@ -130,41 +108,34 @@ def point_to_newest(out: Path) -> Path:
 class Preemption:
     """SIGTERM asks for a checkpoint at the end of the step.
 
-    A process that waits in vain for another one (in a collective) leaves by itself: when no step
-    has ended for three times the longest one so far, and at least `grace` seconds. It stays while
-    it is `saving`.
+    A process that waits in vain for another one (in a collective) cannot hear it. So a thread
+    listens too, and ends the process when no step ends within `grace` seconds or three times the
+    longest step so far, unless it is `saving`.
     """
 
     def __init__(self, grace: float = 45.0):
-        self.asked, self.busy, self.heard = False, False, threading.Event()
-        self.grace, self.longest, self.last = grace, 0.0, time.monotonic()
+        self.asked, self.saving, self.heard = False, False, threading.Event()
+        self.grace = grace
         read, write = os.pipe()
         os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)         # written even while the main thread waits inside a
-        signal.signal(signal.SIGTERM, self._ask)                # collective
-        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
-
-    def step_ended(self, ranks_asked: float) -> bool:
-        """Whether to leave now, the same on every rank; ranks_asked: how many heard a SIGTERM."""
-        now = time.monotonic()
-        self.longest, self.last = max(self.longest, now - self.last), now
-        if self.asked or ranks_asked:
-            self.heard.set()
-        return bool(ranks_asked)
-
-    @contextmanager
-    def saving(self):
-        self.busy = True
-        yield
-        self.busy = False
+        signal.set_wakeup_fd(write)         # written even while the main thread waits
+        signal.signal(signal.SIGTERM, self._ask)
+        threading.Thread(target=self._end_if_stuck, args=(read,), daemon=True).start()
 
     def _ask(self, *_) -> None:
         self.asked = True
 
-    def _watch(self, pipe: int) -> None:
+    def step_ended(self, seconds: float, ranks_asked: float) -> bool:
+        """Whether to leave now, the same on every rank; ranks_asked: how many heard a SIGTERM."""
+        self.grace = max(self.grace, 3 * seconds)
+        if ranks_asked:
+            self.heard.set()
+        return ranks_asked > 0
+
+    def _end_if_stuck(self, pipe: int) -> None:
         while os.read(pipe, 1) != bytes([signal.SIGTERM]):
             pass
-        while not self.heard.wait(max(self.grace, 3 * self.longest)):
-            if not self.busy:
+        while not self.heard.wait(self.grace):
+            if not self.saving:
                 os.write(2, b"SIGTERM: no step ended in time, leaving without a checkpoint\n")
                 os._exit(1)

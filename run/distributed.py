@@ -1,4 +1,4 @@
-"""Processes: how a run of several starts, agrees and ends.
+"""Processes: how a run of several starts, adds up and ends.
 
 torchrun says how many there are; without it there is one. KTR_SHARE_GPU=1 lets several processes
 share the first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
@@ -34,13 +34,12 @@ def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, t
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def agree(ok: bool, device: torch.device) -> bool:
-    """True on every rank if it is True on all of them. Every rank calls it."""
-    if not dist.is_initialized():
-        return ok
-    flag = torch.tensor(int(ok), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+def add_up(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The sums over all ranks, in one collective; every rank must bring the same names."""
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
 
 
 def leave() -> None:

@@ -8,11 +8,9 @@
 import json
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,27 +38,18 @@ class Clock:
         self.seconds[phase] += now - self.last
         self.last = now
 
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
 
 # ------------------------------------------------------------------------------------------ metrics
-def add_up(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The sums over all ranks, in one collective; every rank must bring the same names."""
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(metrics, values.tolist()))
-
-
-def names_of(o: Options) -> list[str]:
-    """The metrics of one rollout that are logged, the same on every rank."""
-    return [*METRICS, *(f"share_{name}" for name in o.signals)]
-
-
-def measured(o: Options, r) -> dict[str, float]:
-    """The metrics of one rollout."""
-    valid, rewards, none = r.group.valid, r.rewards, torch.zeros(())
+def measured(r) -> dict[str, float]:
+    """The metrics of one rollout: METRICS, and the share of tokens that each signal chose."""
+    valid, rewards = r.group.valid, r.rewards
     n = valid.sum()
     times = sum(r.chosen.values(), torch.zeros_like(valid, dtype=torch.int))    # (G, T) signals
-    gap = (r.old_logp - r.group.logp).abs().masked_fill(~valid, 0)                  # that chose it
+    gap = (r.old_logp - r.group.logp).abs().masked_fill(~valid, 0)              # that chose it
     values: dict[str, Tensor] = {
         "reward": rewards.mean(), "reward_std": rewards.std(),
         "flat": (rewards == rewards[0]).all(), "accuracy": r.accuracy.mean(),
@@ -69,16 +58,18 @@ def measured(o: Options, r) -> dict[str, float]:
         "ended": r.group.ended.float().mean(), "tokens": n, "entropy": r.entropy.sum() / n,
         "overlap": (times > 1).sum() / r.key_mask.sum().clamp(min=1),
         "sampling_gap": gap.sum() / n, **r.metrics}
-    for name in o.signals:
-        values[f"share_{name}"] = r.chosen[name].sum() / n if name in r.chosen else none
-    return {name: float(values[name]) for name in names_of(o)}
+    values |= {f"share_{name}": chosen.sum() / n for name, chosen in r.chosen.items()}
+    return {name: float(value) for name, value in values.items()}
 
 
 def counted(o: Options, rollouts: list, leaving: bool) -> dict[str, float]:
-    """What a rank's step adds to the sums over all ranks."""
-    found = [measured(o, r) for r in rollouts]
-    sums = {name: sum(m[name] for m in found) for name in names_of(o)}
-    return {"prompts": len(rollouts), "leaving": leaving, **sums}
+    """What a rank's step adds to the sums over all ranks; the same names on each of them."""
+    names = [*METRICS, *(f"share_{name}" for name in o.signals)]
+    sums = {"prompts": len(rollouts), "leaving": leaving, **dict.fromkeys(names, 0.0)}
+    for r in rollouts:
+        for name, value in measured(r).items():
+            sums[name] += value
+    return sums
 
 
 def line_of(row: dict[str, float], steps: int) -> str:
@@ -93,7 +84,7 @@ def line_of(row: dict[str, float], steps: int) -> str:
             f"({seconds}){memory}")
 
 
-def sample_of(r, step: int, tokenizer, watched: bool = False) -> dict:
+def sample_of(r, step: int, tokenizer) -> dict:
     """What samples.jsonl keeps of a rollout: its first completions, token by token."""
     completions = []
     for g, n in enumerate(r.group.lengths[:SAMPLED]):
@@ -106,24 +97,10 @@ def sample_of(r, step: int, tokenizer, watched: bool = False) -> dict:
             "advantages": float(r.advantages[g]), "reward": float(r.rewards[g])})
     names = ("problem_id", "problem", "options", "solution", "path", "data_type")
     about = {name: r.prompt.record.get(name) for name in names}
-    return {"step": step, "watched": watched, **about, "completions": completions}
+    return {"step": step, **about, "completions": completions}
 
 
 # -------------------------------------------------------------------------------------------- files
-def reporter(o: Options, out: Path):
-    """A function that sends a row to TensorBoard or Weights & Biases; None unless asked for."""
-    try:
-        if o.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            return lambda row, to=SummaryWriter(out): to.add_scalars("run", row, row["step"])
-        if o.report_to == "wandb":
-            import wandb
-            return wandb.init(project="video-ktr", name=out.name, config=asdict(o)).log
-    except ImportError:
-        raise SystemExit(f"error: pip install {o.report_to}, or leave --report_to out") from None
-    return None
-
-
 def rows_of(path: Path) -> list[dict]:
     """The whole rows of a JSON-lines file; a line that a kill cut short is left out."""
     if not path.exists():
@@ -132,46 +109,51 @@ def rows_of(path: Path) -> list[dict]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
+def line_with(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def lost(row: dict) -> bool:
+    """Whether a record was skipped because its decoder died or hung (engine/workers.py says so)."""
+    return ": decoding " in row.get("reason", "")
+
+
+def lost_paths(out: Path) -> set[str]:
+    """The files that a run lost decoders to, so that it does not try them again when it goes on."""
+    rows = [row for path in out.glob("skipped.*.jsonl") for row in rows_of(path)]
+    return {row["path"] for row in rows if lost(row)}
+
+
+def rewind(out: Path, step: int) -> None:
+    """Drop what a run's files hold of steps after `step`, since those are done again; lost decoders
+    stay. Without a checkpoint to go on from (step 0) the files are put aside, as
+    NAME.before-SECONDS. For rank 0, before any rank writes."""
+    for path in [out / "log.jsonl", out / "samples.jsonl", *out.glob("skipped.*.jsonl")]:
+        if path.exists() and step == 0:
+            path.rename(f"{path}.before-{int(time.time())}")
+        elif path.exists():
+            kept = [row for row in rows_of(path) if row["step"] <= step or lost(row)]
+            part = path.with_suffix(".part")
+            part.write_text("".join(map(line_with, kept)), encoding="utf-8")
+            part.replace(path)                  # whole, whatever kills this process
+
+
 class Log:
     """The files of one run. Rank 0 writes log and samples; every rank, what it skips."""
 
-    def __init__(self, o: Options, out: Path, rank: int, start: int):
-        """start: steps done; what the files hold of later ones is repeated, and so dropped. A log
-        of a run without checkpoint is put aside, as NAME.before-SECONDS."""
-        self.out, self.rank, self.writer = out, rank, None
-        self.known: dict[tuple, str] = {}       # (row, path) whose decoder died or hung: not tried
-        skips = sorted(out.glob("skipped.*.jsonl"))                     # again when a run goes on
-        for row in sum(map(rows_of, skips), []) if start else ():
-            if ": decoding " in row["reason"]:  # what engine/workers.py says of a lost process
-                self.known[row["row"], row["path"]] = row["reason"]
-        names = ["log.jsonl", "samples.jsonl"] if rank == 0 else []
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        own = [path.name for path in skips if int(path.name.split(".")[1]) % world == rank]
-        names += own                            # and those of ranks that are no more
-        for name in names:
-            path = out / name
-            if path.exists() and start == 0:
-                path.rename(out / f"{name}.before-{int(time.time())}")
-            elif path.exists():
-                kept = [row for row in rows_of(path) if row["step"] <= start]
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-                part = out / f"{name}.part"
-                part.write_text("".join(lines), encoding="utf-8")
-                part.replace(path)              # whole, whatever kills this process
-        if rank == 0:
-            (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
-            self.writer = reporter(o, out)
+    def __init__(self, out: Path, rank: int):
+        self.out, self.rank = out, rank
 
     def append(self, name: str, row: dict) -> None:
         with open(self.out / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(line_with(row))
 
     def step(self, step: int, steps: int, totals: dict[str, float], more: dict[str, float],
              clock: Clock) -> None:
         """One row: means over the prompts of all ranks; seconds and memory are rank 0's."""
         if self.rank:
             return
-        n, seconds = max(totals["prompts"], 1), sum(clock.seconds.values())
+        n, seconds = max(totals["prompts"], 1), clock.total
         means = {name: value / n for name, value in totals.items() if name != "leaving"}
         cuda = torch.cuda.is_available()
         row = {"step": step, **means, **more, "tokens": totals["tokens"],
@@ -181,12 +163,6 @@ class Log:
                "memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0}
         self.append("log.jsonl", row)
         tqdm.write(line_of(row, steps))
-        if self.writer:
-            self.writer(row)
-
-    def sample(self, row: dict) -> None:
-        if self.rank == 0:
-            self.append("samples.jsonl", row)
 
     def skip(self, record: dict, reason: str, step: int) -> None:
         """step: the one that it is skipped in, counted from 1."""

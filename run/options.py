@@ -14,19 +14,16 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 PRESETS = {
-    "paper": dict(
-        shift="abs", masking="hide", positions="unchanged", pool="group", ties="exact",
-        normalize="length", kl_on="selected", length_of="response", seconds="one", top_k=0,
-        pixels="paper", format_pattern="strict"),
+    "paper": {},                                # the defaults
     "released": dict(
-        shift="signed", masking="hide", positions="moved", pool="group", ties="threshold",
-        normalize="selected", kl_on="selected", length_of="selected", seconds="one", top_k=50,
-        pixels="released", format_pattern="released"),
+        shift="signed", positions="moved", ties="threshold", normalize="selected",
+        length_of="selected", top_k=50, pixels="released", format_pattern="released"),
 }
 PARTS = ("vision", "projector", "language")     # of the model, policy.parts
 MAY_CHANGE = (      # when a run is continued
     "data", "videos", "out", "leave_out", "max_steps", "epochs", "workers", "save_every", "keep",
-    "sample_every", "resume", "report_to", "check", "offload")
+    "sample_every", "resume", "check", "offload")
+
 
 def option(default, help: str, **extra):
     metadata = {"help": help, **extra}
@@ -49,17 +46,15 @@ class Options:
     leave_out: str = option("", "records to pass over: a list that `data.py check` wrote")
     preset: str = one_of("paper", "released", help="sets every choice where the two differ")
     rule: list[str] = option([], "files that register rules and may have OPTIONS (docs/rules.md)")
-    freeze: list[str] = option([], "of vision, projector, language; default: train all weights")
+    freeze: list[str] = option([], "parts; default: train all weights", choices=list(PARTS))
     # attribution
     signals: list[str] = option(["visual", "temporal", "entropy"], "of attribution.SIGNALS")
     ratio: float = option(0.2, "share of the tokens that each signal keeps (paper: 20%%)")
     shift: str = one_of("abs", "signed", "k3", help="makes a score of a changed log-probability")
-    masking: str = one_of("hide", "zero", "half", "replace", help="video tokens not attended to, "
-                          "features zeroed, half of the tokens, another clip")
+    masking: str = option("hide", "of ablations.MASKINGS: hide, zero, half, replace")
     positions: str = one_of("unchanged", "moved", help="of the text when the video is hidden")
-    order: str = one_of("random", "reverse", "blocks", help="of the frames when shuffled")
-    distance: str = one_of("logp", "l1", "l2", "kl", "js", "hellinger", "cosine",
-                           help="move of the token's log-probability, or of the distribution")
+    order: str = option("random", "of ablations.ORDERS: random, reverse, blocks")
+    distance: str = option("logp", "the token's log-probability's, or of ablations.DISTANCES")
     weighting: str = option("binary", "of attribution.WEIGHTS: a key mask, or soft weights")
     pool: str = one_of("group", "response", help="tokens that compete for the top r")
     ties: str = one_of("exact", "threshold", help="ceil(r n) tokens, or all from a quantile up")
@@ -114,7 +109,6 @@ class Options:
     sample_every: int = option(0, "steps between samples; 0: a hundred samples a run")
     resume: str = one_of("auto", "never", help="go on from the newest checkpoint in --out, or "
                          "refuse a used --out")
-    report_to: str = one_of("none", "tensorboard", "wandb", help="besides log.jsonl")
     check: bool = option(False, "check model, data and machine, then stop")
 
     @property
@@ -123,17 +117,11 @@ class Options:
         return {name: 1.0 if name == "all" else self.ratio for name in self.signals}
 
 
-ALLOWED = {         # what values may be: (whether one is, the options that it holds for)
-    "above 0": (lambda x: x > 0, "temperature clip lr max_grad_norm sample_fps max_pixels "
-                                 "image_pixels"),
-    "0 or more": (lambda x: x >= 0, "top_k beta clip_high length_low length_high length_bonus "
-                                    "warmup_steps weight_decay max_steps workers save_every "
-                                    "sample_every"),
-    "1 or more": (lambda x: x >= 1, "max_new_tokens updates epochs prompts_per_step max_prompt "
-                                    "keep"),
+LIMITS = {          # of numbers, which are all 0 or more: (whether it is kept, the options)
+    "above 0": (lambda x: x > 0, "temperature top_p clip lr max_grad_norm sample_fps max_pixels "
+                "image_pixels max_prompt max_new_tokens updates epochs prompts_per_step keep"),
     "2 or more": (lambda x: x >= 2, "G max_frames"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "ratio"),
-    "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
+    "at most 1": (lambda x: x <= 1, "ratio top_p"),
 }
 
 
@@ -156,6 +144,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
         usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
     given = sys.argv[1:] if arguments is None else arguments
+    if sum(word.split("=")[0] == "--rule" for word in given) > 1:
+        parser.error("--rule stands once and takes several files")
     files = parser.parse_known_args(given)[0].rule
     of_rules = [word for file in files for word in load_rule(file)]
     first = parser.parse_known_args([*of_rules, *given])[0]
@@ -163,14 +153,14 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error("a rule's OPTIONS cannot name another --rule")
     parser.set_defaults(**PRESETS[first.preset])
     o = Options(**vars(parser.parse_args([*of_rules, *given])))
-    for what, (allowed, names) in ALLOWED.items():
+    for name, value in vars(o).items():
+        if isinstance(value, float | int) and not 0 <= value < math.inf:
+            parser.error(f"--{name} must be 0 or more, not {value}")
+    for what, (kept, names) in LIMITS.items():
         for name in names.split():
             value = getattr(o, name)
-            if not (math.isfinite(value) and allowed(value)):
+            if not kept(value):
                 parser.error(f"--{name} must be {what}, not {value}")
-    for part in o.freeze:
-        if part not in PARTS:
-            parser.error(f"--freeze takes {', '.join(PARTS)}, not {part!r}")
     if set(o.freeze) == set(PARTS):
         parser.error("--freeze leaves nothing to train")
     if o.length_low > o.length_high:

@@ -1,25 +1,29 @@
 """The paper's other options: by hand, and against plain references."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import plain_inputs
+from test_data import GOOD
 
 import ablations
 import ktr
 from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, blocks, distribution_shift, soften
 from attribution import Rollout, attribute
 from policy import Group, predicting_states, sample, score
+from prompt import BadRecord
 from run.options import Options
 
 P, Q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
 
 
-def rollout(prompt, seed=0, other=None, G=4):
+def rollout(prompt, seed=0, G=4):
     """A rollout before anything is scored."""
-    return Rollout(prompt, Group(torch.zeros(G, 2).long(), torch.ones(G, 2).bool()), seed, other)
+    return Rollout(prompt, Group(torch.zeros(G, 2).long(), torch.ones(G, 2).bool()), seed)
 
 
 # ---------------------------------------------------------------------------------------- distances
@@ -61,12 +65,12 @@ def test_distances_equal_torchs_own_on_many_words():
         "js": (torch_kl(p, middle) + torch_kl(q, middle)) / 2,
         "hellinger": norm(p.exp().sqrt() - q.exp().sqrt(), 2, -1) / math.sqrt(2),
         "cosine": 1 - cosines}
-    assert set(want) == set(DISTANCES)
+    assert set(want) | {"logp"} == set(DISTANCES)
     for kind, values in want.items():
         assert torch.allclose(DISTANCES[kind](p, q), values, atol=1e-6), kind
 
 
-@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("kind", set(DISTANCES) - {"logp"})
 def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
     torch.manual_seed(0)
     states, other, head = torch.randn(10, 4), torch.randn(10, 4), torch.randn(7, 4)
@@ -83,9 +87,8 @@ def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- the video
-def masked(kind, prompt, seed=0, other=None, positions="unchanged"):
-    options = Options(masking=kind, positions=positions)
-    return MASKINGS[kind](rollout(prompt, seed, other), options)
+def masked(kind, prompt, seed=0, **options):
+    return MASKINGS[kind](rollout(prompt, seed), Options(masking=kind, **options))
 
 
 def test_half_keeps_half_of_the_video_and_every_position(prompts):
@@ -144,21 +147,52 @@ def test_half_and_zero_equal_the_plain_forward(tiny, plain, prompts):
             assert (want - whole).abs().max() > 1e-3
 
 
-def test_replacing_shows_the_other_clip_in_this_ones_shape(prompts):
-    clip, image = prompts[0], prompts[3]
-    shades = torch.tensor([10, 100, 200], dtype=torch.uint8)
-    other = shades[:, None, None, None].expand(3, 3, 28, 84).contiguous()   # of another size
-    shown = masked("replace", clip, other=other)
+@pytest.fixture
+def others(tmp_path, monkeypatch):
+    """others(shades, ...): records, the first GOOD itself, whose clips are a shade each (of three
+    frames, of another size), or cannot be decoded (None); their options."""
+    def make(*shades):
+        shade_of = {f"./{i}.y4m": shade for i, shade in enumerate(shades)}
+        records = [GOOD, *({**GOOD, "path": path} for path in shade_of)]
+
+        def load_media(record, root, limits, vision):
+            shade = shade_of[record["path"]]            # KeyError: the question's own clip
+            if shade is None:
+                raise BadRecord("broken")
+            moving = torch.tensor([shade, shade + 1, shade + 2], dtype=torch.uint8)
+            return moving[:, None, None, None].expand(3, 3, 28, 84).contiguous(), 1.0
+        monkeypatch.setattr(ablations, "load_media", load_media)
+        data = tmp_path / f"{len(records)}.json"
+        data.write_text(json.dumps(records))
+        return dict(data=str(data), videos=str(tmp_path))
+    return make
+
+
+def test_replacing_shows_another_clip_in_this_ones_shape(prompts, others):
+    clip, image = (replace(prompts[i], record=GOOD) for i in (0, 3))
+    options = others(100, None, None)
+    shown = masked("replace", clip, **options)
     assert shown.frames.shape == clip.frames.shape == (8, 3, 56, 56)
     assert shown.frames.dtype == torch.uint8
     # eight frames over 0..2 in steps of 2/7: 0, 0.29, 0.57, 0.86, 1.14, 1.43, 1.71, 2
     seen = [frame.unique().tolist() for frame in shown.frames]
-    assert seen == [[10], [10], [100], [100], [100], [100], [200], [200]]
+    assert seen == [[100], [100], [101], [101], [101], [101], [102], [102]]
     assert torch.equal(shown.ids, clip.ids) and torch.equal(shown.positions, clip.positions)
     assert shown.grid == clip.grid
-    frames = prompts[1].frames                                              # of the same shape
-    assert torch.equal(masked("replace", clip, other=frames).frames, frames)
-    assert torch.equal(masked("replace", image, other=frames).frames, frames[:1])
+    assert masked("replace", image, **options).frames.unique().tolist() == [100]
+
+
+def test_the_other_clip_belongs_to_the_seed_and_is_never_left_out(prompts, others, tmp_path):
+    options = others(10, 50, 90, 130)
+    left_out = tmp_path / "bad.json"
+    left_out.write_text('[{"path": "./1.y4m"}]')
+    options["leave_out"] = str(left_out)
+    clip, seen = replace(prompts[0], record=GOOD), []
+    for seed in (*range(0, 40, 2), 0):
+        seen.append(int(masked("replace", clip, seed, **options).frames.min()))
+    assert set(seen) == {10, 90, 130} and seen[0] == seen[-1]
+    with pytest.raises(SystemExit, match="--masking replace: .* no clip that can be shown"):
+        masked("replace", clip, **others(None))
 
 
 def test_hide_and_zero_are_the_prompts_own(prompts):

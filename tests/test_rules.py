@@ -77,6 +77,7 @@ def ones(r, *_):
     (SIGNALS, "--signals mine", lambda r, o: [0.0], "signal mine: .*got a list"),
     (WEIGHTS, "--weighting mine", lambda r, o: r.logp.exp(), "weighting mine: .*with a gradient"),
     (WEIGHTS, "--weighting mine", lambda r, o: ones(r)[0], r"weighting mine: .*got shape \(\d+,\)"),
+    (WEIGHTS, "--weighting mine", lambda r, o: -ones(r), "weighting mine: .*got one below 0"),
     (ADVANTAGES, "--advantage mine", lambda r, o: ones(r)[:2], "advantage mine: .*shape"),
     (ADVANTAGES, "--advantage mine", lambda r, o: r.advantages[:3], "advantage mine: .*shape"),
     (ADVANTAGES, "--advantage mine", lambda r, o: r.advantages / 0 * 0, "advantage mine: .*NaN"),

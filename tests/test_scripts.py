@@ -155,16 +155,19 @@ def test_clips_that_do_not_decode_are_found_before_the_start(checkpoint_folder, 
     assert len(usable) == 6 and left_out == set()
 
 
-def test_masking_by_another_clip_needs_one(checkpoint_folder, world, tmp_path):
-    """Two clips, of which one is left out."""
-    records = json.loads((world / "train.json").read_text())[:3]
-    records[2] |= {key: records[1][key] for key in ("path", "data_type")}
-    records[1] |= {key: records[0][key] for key in ("path", "data_type")}
-    data, bad = tmp_path / "data.json", tmp_path / "bad.json"
-    data.write_text(json.dumps(records))
-    bad.write_text(json.dumps([{"row": 2, "path": records[2]["path"]}]))
-    more = ["--videos", world, "--masking", "replace", "--leave_out", bad]
-    assert "--masking replace: " in refuse(checkpoint_folder, data, tmp_path / "out", *more)
+def test_what_lost_a_decoder_is_left_out_when_a_run_goes_on(checkpoint_folder, world, tmp_path):
+    """By whichever rank it was met; a run without a checkpoint begins anew and tries it again."""
+    data, out = world / "train.json", tmp_path / "out"
+    paths = [record["path"] for record in json.loads(data.read_text())]
+    out.mkdir()
+    reasons = {5: "a: decoding took more than 120 s", 6: "b: no such file"}
+    for rank, (row, reason) in enumerate(reasons.items()):
+        line = {"step": 3, "row": row, "path": paths[row], "reason": reason}
+        (out / f"skipped.{rank}.jsonl").write_text(json.dumps(line) + "\n")
+    o = parse([str(x) for x in ("--model", checkpoint_folder, "--data", data, "--out", out)])
+    assert preflight(o)[1] == set()
+    (out / "checkpoint-000002").mkdir()
+    assert preflight(o)[1] == {i for i, path in enumerate(paths) if path == paths[5]}
 
 
 def test_fewer_gpus_than_processes(checkpoint_folder, world, tmp_path, monkeypatch):

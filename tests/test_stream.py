@@ -8,30 +8,25 @@ import torch
 
 import stream
 from data import Skipped
-from run.logs import Log, rows_of
+from run.logs import Log, lost_paths, rewind, rows_of
 from run.options import Options
-from stream import Stream, another_clip, plan, seed_of
-
-
-def records_of(n, clips=None):
-    return [{"row": i, "problem_id": i, "path": f"./{i % (clips or n)}", "data_type": "video"}
-            for i in range(n)]
+from stream import Stream, plan, seed_of
 
 
 # --------------------------------------------------------------------------------------------- plan
 def test_every_epoch_is_another_permutation_cut_to_whole_steps():
-    ahead, steps = plan(Options(epochs=2), records_of(10), set(), B=3, first=0, begin=0)
+    ahead, steps = plan(Options(epochs=2), 10, set(), B=3, first=0, begin=0)
     assert steps == 6 and [place for place, _ in ahead] == list(range(18))
     one, two = [i for _, i in ahead[:9]], [i for _, i in ahead[9:]]
     assert len(set(one)) == len(set(two)) == 9 and one != two
-    other, _ = plan(Options(seed=7), records_of(10), set(), B=3, first=0, begin=0)
+    other, _ = plan(Options(seed=7), 10, set(), B=3, first=0, begin=0)
     assert [i for _, i in other] != one
 
 
 def test_a_run_that_goes_on_takes_the_rest_of_the_same_order():
     for o in (Options(epochs=2), Options(max_steps=8)):
-        whole, steps = plan(o, records_of(10), set(), B=2, first=0, begin=0)
-        rest, same = plan(o, records_of(10), set(), B=2, first=3, begin=6)
+        whole, steps = plan(o, 10, set(), B=2, first=0, begin=0)
+        rest, same = plan(o, 10, set(), B=2, first=3, begin=6)
         wanted = (steps - 3) * 2
         assert same == steps and rest[:wanted] == whole[6:6 + wanted]
 
@@ -39,9 +34,9 @@ def test_a_run_that_goes_on_takes_the_rest_of_the_same_order():
 @pytest.mark.parametrize("o", [Options(epochs=2), Options(max_steps=9)])
 def test_records_left_out_later_never_come_again(o):
     """Three steps are done; then some records are left out, of those to come and of those seen."""
-    whole, _ = plan(o, records_of(10), set(), B=2, first=0, begin=0)
+    whole, _ = plan(o, 10, set(), B=2, first=0, begin=0)
     left_out = {whole[1][1], whole[6][1], whole[9][1]}
-    rest, steps = plan(o, records_of(10), left_out, B=2, first=3, begin=6)
+    rest, steps = plan(o, 10, left_out, B=2, first=3, begin=6)
     assert rest == [(place, i) for place, i in rest if i not in left_out]
     expected = [(place, i) for place, i in whole[6:] if i not in left_out]
     assert rest[:len(expected)] == expected
@@ -53,9 +48,9 @@ def test_records_left_out_later_never_come_again(o):
 
 def test_too_few_records_for_a_step():
     with pytest.raises(SystemExit, match="2 records are too few for one step of 3 prompts"):
-        plan(Options(), records_of(4), {0, 1}, B=3, first=0, begin=0)
+        plan(Options(), 4, {0, 1}, B=3, first=0, begin=0)
     with pytest.raises(SystemExit, match="too few"):
-        plan(Options(max_steps=5), records_of(2), set(), B=3, first=0, begin=0)
+        plan(Options(max_steps=5), 2, set(), B=3, first=0, begin=0)
 
 
 def test_every_run_has_its_own_chance():
@@ -69,29 +64,18 @@ def test_every_run_has_its_own_chance():
     assert not torch.equal(*first)
 
 
-def test_the_other_clip_is_another_one_by_chance_and_never_left_out():
-    records = records_of(12, clips=4)
-    found = [another_clip(records, {1, 2}, 0, seed) for seed in range(200)]
-    assert set(found) == set(range(12)) - {0, 4, 8} - {1, 2}        # 4 and 8 show the same clip
-    assert found == [another_clip(records, {1, 2}, 0, seed) for seed in range(200)]
-
-
 # ------------------------------------------------------------------------------------------- stream
 class Decoder:
-    """Stands for data.Prompts: prompts whose frames say which record they are, some unusable."""
+    """Stands for data.Prompts: prompts that say which record they are, some unusable."""
 
-    def __init__(self, records, root, processor, limits, known=None):
-        self.records, self.known, self.tried = records, known or {}, []
+    def __init__(self, records, root, processor, limits):
+        self.records = records
 
     def __getitem__(self, index):
-        row = self.records[index]["row"]
-        if row in self.known:
-            return Skipped(self.records[index], self.known[row])
-        self.tried.append(row)
-        if row in BAD:
-            return Skipped(self.records[index], "broken")
-        frames = torch.full((2, 3, 28, 28), row, dtype=torch.uint8)
-        return SimpleNamespace(record=self.records[index], frames=frames)
+        record = self.records[index]
+        if record["row"] in BAD:
+            return Skipped(record, "broken")
+        return SimpleNamespace(record=record)
 
 
 BAD: set[int] = set()
@@ -105,15 +89,15 @@ def make(monkeypatch, tmp_path):
         data.__getitem__, list(indices)))
     BAD.clear()
 
-    def build(o, left_out=(), rank=0, world=1, step=0, place=0, log=None):
-        log = log or Log(o, tmp_path, rank, step)
-        state = {"step": step, "place": place}
-        return Stream(o, records_of(10), set(left_out), None, log, rank, world, state)
+    def build(o, left_out=(), rank=0, world=1, step=0, place=0):
+        records = [{"row": i, "problem_id": i, "path": f"./{i}"} for i in range(10)]
+        log, state = Log(tmp_path, rank), {"step": step, "place": place}
+        return Stream(o, records, set(left_out), None, log, rank, world, state)
     return build
 
 
 def rows_taken(s, steps):
-    return [[prompt.record["row"] for prompt, *_ in s.take(step)] for step in steps]
+    return [[prompt.record["row"] for prompt, _ in s.take(step)] for step in steps]
 
 
 def test_ranks_share_the_order(make):
@@ -142,8 +126,8 @@ def test_seeds_belong_to_places_not_to_records_or_ranks(make):
     o = Options(max_steps=12)
     s = make(o)
     taken = [s.take(step)[0] for step in range(12)]
-    assert [seed for _, seed, _ in taken] == [seed_of(o, place) for place in range(12)]
-    assert len({seed for _, seed, _ in taken}) == 12                # in the second epoch others
+    assert [seed for _, seed in taken] == [seed_of(o, place) for place in range(12)]
+    assert len({seed for _, seed in taken}) == 12                # in the second epoch others
 
 
 def test_what_cannot_be_used_is_skipped_named_and_not_replaced(make, tmp_path):
@@ -156,55 +140,6 @@ def test_what_cannot_be_used_is_skipped_named_and_not_replaced(make, tmp_path):
     assert [(row["step"], row["row"]) for row in named] == [
         (1, order[1]), (3, order[4]), (3, order[5])]
     assert {row["reason"] for row in named} == {"broken"}
-
-
-def test_masking_replace_hands_over_the_same_other_clip_again(make):
-    o = Options(masking="replace", max_steps=10)
-    shown = []
-    for s in (make(o), make(o)):
-        taken = [s.take(step)[0] for step in range(10)]
-        assert all(int(other[0, 0, 0, 0]) != p.record["row"] for p, _, other in taken)
-        shown.append([int(other[0, 0, 0, 0]) for *_, other in taken])
-    assert shown[0] == shown[1] and len(set(shown[0])) > 3
-    rest = make(o, step=6, place=6)                                 # also when a run goes on
-    assert [int(rest.take(step)[0][2][0, 0, 0, 0]) for step in range(6, 10)] == shown[0][6:]
-    plain = make(Options(max_steps=10))
-    assert plain.take(0)[0][2] is None
-
-
-def test_masking_replace_never_shows_what_is_left_out(make):
-    o, left_out = Options(masking="replace", max_steps=30), {1, 2, 3, 4, 5, 6}
-    s = make(o, left_out=left_out)
-    for step in range(30):
-        ((prompt, _, other),) = s.take(step)
-        assert {prompt.record["row"], int(other[0, 0, 0, 0])} <= {0, 7, 8, 9}
-    assert set(s.data.tried) == {0, 7, 8, 9}
-
-
-def test_the_watched_prompt_is_the_runs_first(make):
-    o = Options(max_steps=6)
-    first = rows_taken(make(o), [0])[0][0]
-    for s in (make(o), make(o, step=4, place=4)):
-        prompt, seed, other = s.watched()
-        assert prompt.record["row"] == first and seed == seed_of(o, -1) and other is None
-    BAD.add(first)
-    assert make(o).watched() is None
-
-
-def test_remembered_records_are_not_tried_again(make, tmp_path):
-    """They are skipped with the reason that was found, by whichever rank meets them."""
-    o = Options(max_steps=10)
-    order = [row for (row,) in rows_taken(make(o), range(10))]
-    BAD.update({order[1], order[7]})
-    rows_taken(make(o), range(5))                                   # a run of five steps
-    (tmp_path / "skipped.1.jsonl").write_text(                      # what another rank met
-        json.dumps({"step": 3, "row": order[7], "path": make(o).records[order[7]]["path"],
-                    "reason": "a: decoding took more than 120 s"}) + "\n")
-    s = make(o, step=5, place=5)
-    taken = rows_taken(s, range(5, 10))
-    assert taken == [[order[5]], [order[6]], [], [order[8]], [order[9]]]
-    assert order[7] not in s.data.tried
-    assert rows_of(tmp_path / "skipped.0.jsonl")[-1]["reason"].startswith("a: decoding")
 
 
 # ---------------------------------------------------------------------------------------------- log
@@ -220,30 +155,28 @@ def fill(out, steps):
     (out / "skipped.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_log_keeps_what_is_not_repeated(tmp_path):
+def test_a_run_that_goes_on_drops_what_it_repeats(tmp_path):
     fill(tmp_path, steps=4)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 5, "rew')                              # as a kill leaves it
-    log = Log(Options(), tmp_path, 0, start=2)
+    rewind(tmp_path, 2)
     assert [row["step"] for row in rows_of(tmp_path / "log.jsonl")] == [1, 2]
     assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [1, 2]
-    assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11]
-    assert log.known == {               # also of steps done again; a file may be there by now
-        (11, "./1"): "a: decoding ended its process", (13, "./3"): "b: decoding took more than 1 s"}
-    log.skip({"row": 13, "path": "./3", "problem_id": 5}, "r3", 3)
+    # lost decoders stay, also those of steps done again; a missing file may be there by now
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13]
+    assert lost_paths(tmp_path) == {"./1", "./3"}
+    Log(tmp_path, 0).skip({"row": 14, "path": "./4", "problem_id": 5}, "r4", 4)
+    assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13, 14]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "log.jsonl", "options.json", "samples.jsonl", "skipped.0.jsonl"]
+        "log.jsonl", "samples.jsonl", "skipped.0.jsonl"]
 
 
 def test_the_log_of_a_run_without_checkpoint_is_put_aside(tmp_path):
     fill(tmp_path, steps=4)
     (tmp_path / "samples.jsonl").write_text('{"step": 1')           # not one whole line
-    log = Log(Options(), tmp_path, 0, start=0)
-    assert log.known == {}              # --videos may have been wrong: all are tried again
-    log.append("samples.jsonl", {"step": 1})
-    assert rows_of(tmp_path / "samples.jsonl") == [{"step": 1}]
-    assert not (tmp_path / "log.jsonl").exists()
+    rewind(tmp_path, 0)
+    assert lost_paths(tmp_path) == set()    # --videos may have been wrong: all are tried again
+    assert not list(tmp_path.glob("*.jsonl"))
     (aside,) = tmp_path.glob("log.jsonl.before-*")
     assert [row["step"] for row in rows_of(aside)] == [1, 2, 3, 4]
     assert len(list(tmp_path.glob("skipped.0.jsonl.before-*"))) == 1
@@ -257,14 +190,5 @@ def test_a_log_is_whole_whatever_kills_its_rewriting(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr("pathlib.Path.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        Log(Options(), tmp_path, 0, start=2)
+        rewind(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == before
-
-
-def test_another_rank_writes_its_skips_only(tmp_path):
-    fill(tmp_path, steps=4)
-    log = Log(Options(), tmp_path, 1, start=2)
-    log.sample({"step": 3})
-    log.skip({"row": 5, "problem_id": 5}, "gone", 3)
-    assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [1, 2, 3, 4]
-    assert [row["row"] for row in rows_of(tmp_path / "skipped.1.jsonl")] == [5]
