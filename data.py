@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from engine.workers import loader
 from prompt import BadRecord, Processor, Prompt, Vision, fit, name_of, one_line
-from rewards import PROBLEM_TYPES, extract_answer
+from rewards import ACCURACY, extract_answer
 
 FIELDS = {"problem_id": str | int, "problem": str, "solution": str, "path": str, "options": list}
-KNOWN = {"data_type": ("video", "image"), "problem_type": PROBLEM_TYPES}
+KNOWN = {"data_type": ("video", "image"), "problem_type": tuple(ACCURACY)}
 FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # the release's
 DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
     MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
@@ -187,17 +187,20 @@ def load_media(record: dict, root: str | Path, limits: Limits,
 
 
 class Prompts:
-    """Map-style data set: index -> Prompt, or Skipped where the record cannot be used."""
+    """Map-style data set: index -> Prompt, or Skipped where the record cannot be used. Without a
+    processor media are only tried: index -> None, or Skipped."""
 
-    def __init__(self, records: list, root: str | Path, processor: Processor,
+    def __init__(self, records: list, root: str | Path, processor: Processor | None,
                  limits: Limits = Limits()):
         self.records, self.root, self.processor, self.limits = records, root, processor, limits
+        self.vision = processor.vision if processor else Vision()
 
-    def __getitem__(self, index: int) -> Prompt | Skipped:
+    def __getitem__(self, index: int) -> Prompt | Skipped | None:
         record = self.records[index]
         try:
-            media = load_media(record, self.root, self.limits, self.processor.vision)
-            return self.processor.prompt(record, *media, self.limits.max_prompt)
+            media = load_media(record, self.root, self.limits, self.vision)
+            if self.processor:
+                return self.processor.prompt(record, *media, self.limits.max_prompt)
         except BadRecord as error:
             return Skipped(record, str(error))
 
@@ -205,16 +208,6 @@ class Prompts:
         """What stands for a record whose decoding process died or hung."""
         record = self.records[index]
         return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}")
-
-
-class Check(Prompts):
-    """index -> None, or Skipped where training would skip the clip or image for what it holds."""
-
-    def __getitem__(self, index: int) -> Skipped | None:
-        try:
-            load_media(self.records[index], self.root, self.limits)
-        except BadRecord as error:
-            return Skipped(self.records[index], str(error))
 
 
 def main() -> int:
@@ -227,7 +220,7 @@ def main() -> int:
     a = parser.parse_args()
     records, malformed = read_records(a.data)
     bad = [{"path": None, "reason": reason} for reason in malformed]
-    found = loader(Check(records, a.videos, None), range(len(records)), a.workers)
+    found = loader(Prompts(records, a.videos, None), range(len(records)), a.workers)
     for skipped in tqdm(found, total=len(records), unit="clip"):
         if skipped:
             bad.append({"path": skipped.record["path"], "reason": skipped.reason})

@@ -67,7 +67,7 @@ class Clips(Prompts):
         media, made = None, []
         for record in self.records[index]:
             try:
-                media = media or load_media(record, self.root, self.limits, self.processor.vision)
+                media = media or load_media(record, self.root, self.limits, self.vision)
                 made.append(self.processor.prompt(record, *media, self.limits.max_prompt))
             except BadRecord as error:
                 made.append(Skipped(record, str(error)))
