@@ -195,6 +195,9 @@ class Prompts:
         self.records, self.root, self.processor, self.limits = records, root, processor, limits
         self.vision = processor.vision if processor else Vision()
 
+    def __len__(self) -> int:
+        return len(self.records)
+
     def __getitem__(self, index: int) -> Prompt | Skipped | None:
         record = self.records[index]
         try:
