@@ -10,9 +10,7 @@ import argparse
 import json
 import os
 import re
-import struct
 import sys
-import zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +21,27 @@ from PIL import Image  # decord does not read still images
 from tqdm import tqdm
 
 from engine.workers import loader
-from prompt import QUESTION_TRAIN, BadRecord, Processor, Prompt, Vision, fit, name_of, one_line
-from rewards import PROBLEM_TYPES, extract_answer
+from prompt import BadRecord, Processor, Prompt, Vision, fit, name_of, one_line
+from rewards import ACCURACY, extract_answer
 
 FIELDS = {"problem_id": str | int, "problem": str, "solution": str, "path": str, "options": list}
-KNOWN = {"data_type": ("video", "image"), "problem_type": PROBLEM_TYPES}
+KNOWN = {"data_type": ("video", "image"), "problem_type": tuple(ACCURACY)}
 FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # the release's
-DAMAGED = (                     # what the libraries raise on damaged files
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
+    MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
+    Image.DecompressionBombError)
 Skipped = namedtuple("Skipped", "record reason")        # stands where a Prompt would
 
 
 def read_json(path: str | Path) -> list:
-    """The rows of a JSON list or of JSON lines; ValueError names the file and the line."""
+    """The rows of a JSON list or of JSON lines; BadRecord names the file and the line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()   # drops a byte-order mark
         if not text.startswith("["):
             text = "[" + re.sub(r"\n\s*", ",\n", text) + "]"
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON, as a list or in lines: {error}") from None
+        raise BadRecord(f"{path}: not valid JSON, as a list or in lines: {error}") from None
 
 
 def check_record(row: object, index: int) -> dict:
@@ -53,40 +51,45 @@ def check_record(row: object, index: int) -> dict:
     record = {**row, "row": index, "options": row.get("options") or []}
     if record.get("problem_id") is None:
         record["problem_id"] = index
+    fault = fault_of(record)
+    if fault:
+        raise BadRecord(f"{name_of(record)}: {fault}")
+    return record
 
-    def need(condition: object, otherwise: str):
-        if not condition:
-            raise BadRecord(f"{name_of(record)}: {otherwise}")
 
+def fault_of(record: dict) -> str | None:
+    """Why a record cannot be used; None if it can."""
     for key, kind in FIELDS.items():
-        filled = isinstance(record.get(key), kind) and str(record[key]).strip()
-        need(filled, f"{key!r} is missing, empty or of another type")
+        if not isinstance(record.get(key), kind) or not str(record[key]).strip():
+            return f"{key!r} is missing, empty or of another type"
     for key, known in KNOWN.items():
-        value = one_line(record.get(key), 80)
-        need(record.get(key) in known, f"unknown {key} {value}; known: {', '.join(known)}")
-    need(isinstance(record.get("whole_prompt", ""), str), "whole_prompt is not text")
+        if record.get(key) not in known:
+            return f"unknown {key} {one_line(record.get(key), 80)}; known: {', '.join(known)}"
     options, path = record["options"], os.path.normpath(record["path"])
-    need(all(isinstance(option, str) for option in options), "options are not all texts")
-    need(record["problem_type"] != "multiple choice" or 2 <= len(options) <= 26,
-         f"a multiple choice question with {len(options)} options, not 2 to 26")
-    need(extract_answer(record["solution"]), "the solution holds no <answer>..</answer>")
-    leaves = "\0" in path or os.path.isabs(path) or path.split(os.sep)[0] == ".."
-    need(not leaves, f"path {one_line(path, 80)} leaves the data folder")
+    if not all(isinstance(option, str) for option in options):
+        return "options are not all texts"
+    if record["problem_type"] == "multiple choice" and not 2 <= len(options) <= 26:
+        return f"a multiple choice question with {len(options)} options, not 2 to 26"
+    if not extract_answer(record["solution"]):
+        return "the solution holds no <answer>..</answer>"
+    if "\0" in path or os.path.isabs(path) or path.split(os.sep)[0] == "..":
+        return f"path {one_line(path, 80)} leaves the data folder"
+    if not isinstance(record.get("whole_prompt", ""), str):
+        return "whole_prompt is not text"
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
-        need(False, "a text with half a character (a lone surrogate), or lists nested too deep")
-    return record
+        return "a text with half a character (a lone surrogate), or lists nested too deep"
 
 
 def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple[list, list[str]]:
     """The usable records of a file but those with a path that `data.py check` listed in leave_out,
-    and a line for each malformed one. ValueError where a file is not JSON, or holds no rows."""
+    and a line for each malformed one. BadRecord where a file is not JSON, or holds no rows."""
     rows, listed = read_json(path), read_json(leave_out) if leave_out else []
     if not rows:
-        raise ValueError(f"{path}: holds no records")
+        raise BadRecord(f"{path}: holds no records")
     if not all(isinstance(item, dict) and "path" in item for item in listed):
-        raise ValueError(f"{leave_out}: not a list written by `python data.py check`")
+        raise BadRecord(f"{leave_out}: not a list written by `python data.py check`")
     unreadable = {str(item["path"]) for item in listed}
     records, wrong = [], []
     for index, row in enumerate(rows):
@@ -161,41 +164,46 @@ def load_media(record: dict, root: str | Path, limits: Limits,
                vision: Vision = Vision()) -> tuple[torch.Tensor, float]:
     """(n, 3, h, w) uint8 frames, resized under the limits, and the seconds between them.
     BadRecord names the record and the file."""
-    path = Path(root) / os.path.normpath(record["path"])
+    kind, path = record["data_type"], Path(root) / os.path.normpath(record["path"])
     name = f"{name_of(record)}: {one_line(path)}"
     if not os.path.isfile(path):                        # False also for a name that is too long
         raise BadRecord(f"{name}: no such file")
     try:
-        if record["data_type"] == "image":
+        if kind == "image":
             frames, seconds = read_image(path), 1.0
         else:
             frames, seconds = read_video(path, limits.max_frames, limits.sample_fps,
                                          vision.timestamps)
-        if limits.seconds == "one" and not vision.timestamps:
-            seconds = 1.0 / vision.temporal
-        least, most = limits.area(record["data_type"], len(frames))
-        return fit(frames, most, vision, least), seconds
     except DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadRecord(f"{name}: cannot be decoded: {one_line(reason)}") from None
+    if limits.seconds == "one" and not vision.timestamps:
+        seconds = 1.0 / vision.temporal
+    least, most = limits.area(kind, len(frames))
+    try:
+        return fit(frames, most, vision, least), seconds
+    except BadRecord as error:                          # a shape that no limits allow
+        raise BadRecord(f"{name}: {error}") from None
 
 
 class Prompts:
-    """Map-style data set: index -> Prompt, or Skipped where the record cannot be used."""
+    """Map-style data set: index -> Prompt, or Skipped where the record cannot be used. Without a
+    processor media are only tried: index -> None, or Skipped."""
 
-    def __init__(self, records: list[dict], root: str | Path, processor: Processor,
-                 limits: Limits = Limits(), template: str = QUESTION_TRAIN):
-        self.records, self.root, self.processor = records, root, processor
-        self.limits, self.template = limits, template
+    def __init__(self, records: list, root: str | Path, processor: Processor | None,
+                 limits: Limits = Limits()):
+        self.records, self.root, self.processor, self.limits = records, root, processor, limits
+        self.vision = processor.vision if processor else Vision()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Prompt | Skipped:
-        record, limits = self.records[index], self.limits
+    def __getitem__(self, index: int) -> Prompt | Skipped | None:
+        record = self.records[index]
         try:
-            frames, seconds = load_media(record, self.root, limits, self.processor.vision)
-            return self.processor.prompt(record, frames, seconds, limits.max_prompt, self.template)
+            media = load_media(record, self.root, self.limits, self.vision)
+            if self.processor:
+                return self.processor.prompt(record, *media, self.limits.max_prompt)
         except BadRecord as error:
             return Skipped(record, str(error))
 
@@ -203,16 +211,6 @@ class Prompts:
         """What stands for a record whose decoding process died or hung."""
         record = self.records[index]
         return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}")
-
-
-class Check(Prompts):
-    """index -> None, or Skipped where training would skip the clip or image for what it holds."""
-
-    def __getitem__(self, index: int) -> Skipped | None:
-        try:
-            load_media(self.records[index], self.root, self.limits)
-        except BadRecord as error:
-            return Skipped(self.records[index], str(error))
 
 
 def main() -> int:
@@ -225,7 +223,7 @@ def main() -> int:
     a = parser.parse_args()
     records, malformed = read_records(a.data)
     bad = [{"path": None, "reason": reason} for reason in malformed]
-    found = loader(Check(records, a.videos, None), range(len(records)), a.workers)
+    found = loader(Prompts(records, a.videos, None), range(len(records)), a.workers)
     for skipped in tqdm(found, total=len(records), unit="clip"):
         if skipped:
             bad.append({"path": skipped.record["path"], "reason": skipped.reason})
@@ -240,5 +238,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (OSError, ValueError) as error:
+    except (BadRecord, OSError) as error:
         sys.exit(f"error: {error}")

@@ -60,7 +60,6 @@ def closeness(answer: str, truth: str) -> float:
 
 ACCURACY = {"multiple choice": operator.eq, "numerical": same_number, "OCR": word_accuracy,
             "free-form": rouge, "regression": closeness}
-PROBLEM_TYPES = tuple(ACCURACY)
 
 
 def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:

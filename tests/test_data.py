@@ -235,8 +235,8 @@ def test_a_png_with_a_huge_text_is_skipped(tmp_path):
         load_media(image_record("a.png"), tmp_path, Limits())
 
 
-@pytest.mark.parametrize("error", [TypeError("t"), KeyError("k"), EOFError(), MemoryError(),
-                                   Image.DecompressionBombError("b"), ZeroDivisionError("z")])
+@pytest.mark.parametrize("error", [SyntaxError("s"), NotImplementedError(), OverflowError("o"),
+                                   MemoryError(), Image.DecompressionBombError("b")])
 def test_other_errors_of_the_image_library_are_named(tmp_path, monkeypatch, error):
     def broken(path):
         raise error
@@ -244,6 +244,25 @@ def test_other_errors_of_the_image_library_are_named(tmp_path, monkeypatch, erro
     write(tmp_path / "a.png", "")
     monkeypatch.setattr(Image, "open", broken)
     with pytest.raises(BadRecord, match="record 7.*a.png: cannot be decoded: ."):
+        load_media(image_record("a.png"), tmp_path, Limits())
+
+
+def test_mistakes_in_the_program_are_not_taken_for_damage(tmp_path, monkeypatch):
+    """Neither those outside the libraries, nor those of a kind that no library raises."""
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.png")
+    for name, error in (("fit", RuntimeError), ("read_image", TypeError)):
+        def broken(*a):
+            raise error("a mistake")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data, name, broken)
+            with pytest.raises(error, match="a mistake"):
+                load_media(image_record("a.png"), tmp_path, Limits())
+
+
+def test_a_shape_that_no_limits_allow_is_named(tmp_path):
+    Image.new("RGB", (603, 3)).save(tmp_path / "a.png")
+    with pytest.raises(BadRecord, match="record 7.*a.png: aspect ratio 201 exceeds 200"):
         load_media(image_record("a.png"), tmp_path, Limits())
 
 
