@@ -205,7 +205,7 @@ class Decoder:
         self.ids.index_copy_(0, self.step, self.token[None])
         self.logp.index_copy_(0, self.step, logp.view_as(self.token)[None])
         self.valid.index_copy_(0, self.step, ~self.done[None])
-        self.done |= torch.isin(self.token, self.ends)
+        self.done |= (self.token[..., None] == self.ends).any(-1)       # isin may sort, and wait
 
     def advance(self) -> None:
         """One decoding step: the last tokens go into the cache, the next ones come out."""
