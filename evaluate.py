@@ -263,7 +263,7 @@ def report(settings: dict, rows: list[dict]) -> dict:
     table = {"all": summarise(rows)} | {name: summarise(parts[name]) for name in sorted(parts)}
     for name, s in table.items():
         half = s["interval"][1] - s["strict"]
-        print(f"{name:24} {s['n']:5d} answers: strict {s['strict']:6.1%} +- {half:4.1%}, lenient "
+        print(f"{name:40} {s['n']:5d} answers: strict {s['strict']:6.1%} +- {half:4.1%}, lenient "
               f"{s['lenient']:6.1%}, {s['unparsed']} unparsed; {s['unreadable']} unreadable")
     letter, share = table["all"]["always"]
     print(f"always answering {letter}: {share:.1%} of the multiple choice questions")
