@@ -34,9 +34,12 @@ Skipped = namedtuple("Skipped", "record reason")        # stands where a Prompt 
 
 
 def read_json(path: str | Path) -> list:
-    """The rows of a JSON list or of JSON lines; BadRecord names the file and the line."""
+    """The rows of a JSON list, of JSON lines or of {"results": [..]}, which Video-R1's evaluation
+    writes; BadRecord names the file and the line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()   # drops a byte-order mark
+        if re.match(r'\{\s*"results"\s*:\s*\[', text):
+            return json.loads(text)["results"]
         if not text.startswith("["):
             text = "[" + re.sub(r"\n\s*", ",\n", text) + "]"
         return json.loads(text)

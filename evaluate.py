@@ -4,11 +4,12 @@
     torchrun --nproc_per_node 8 evaluate.py ...                     the same over a node's GPUs
     python evaluate.py --rescore A/predictions.jsonl                scores again, without a model
     python evaluate.py --compare A/predictions.jsonl B/predictions.jsonl      paired difference
+    python evaluate.py --model M --video clip.mp4 --question "What happens?"
 
 `--protocol` is a known way of measuring: benchmarks.json holds them, and the published figures.
 Answers go to OUT/predictions.jsonl as they are made, below a line with the settings; starting again
 continues, with any number of processes, and refuses other settings. `rewards.grade` defines the
-strict and the lenient score.
+strict and the lenient score. Answers of other programs in Video-R1's form are scored as well.
 """
 
 import argparse
@@ -27,11 +28,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Limits, Prompts, Skipped, check_record, load_media, read_json
+from data import KNOWN, Limits, Prompts, Skipped, check_record, load_media, read_json
 from engine.workers import loader
 from policy import load, load_processor, sample
 from prompt import QUESTION_EVAL, BadRecord, Prompt, name_of, question_text
-from rewards import by_letter, grade
+from rewards import by_letter, extract_answer, grade
 from run.distributed import distributed, leave
 
 FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
@@ -105,6 +106,18 @@ def answers(records: list[dict], a: argparse.Namespace, device: torch.device, ra
         yield rows
 
 
+def one_question(a: argparse.Namespace) -> None:
+    """Print the answer to `--question` about `--video`, a clip or a still image."""
+    image = Path(a.video).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    record = {"problem": a.question, "problem_type": "free-form", "options": [], "row": 0,
+              "data_type": "image" if image else "video", "path": a.video}
+    _, _, device = distributed()
+    [[row]] = answers([worded(record, a.protocol, "custom")], a, device, rank=0, world=1)
+    if "unreadable" in row:
+        raise SystemExit(f"error: {row['unreadable']}")
+    print(row["output"])
+
+
 def settings_of(a: argparse.Namespace, records: list[dict]) -> dict:
     """What may not change while a file of answers grows."""
     asked = hashlib.sha256(json.dumps(records).encode()).hexdigest()
@@ -135,10 +148,6 @@ def run(a: argparse.Namespace) -> dict | None:
     records = read_questions(a.data, a.protocol, a.benchmark)
     if not any(os.path.isfile(Path(a.videos, record["path"])) for record in records):
         raise SystemExit(f"error: {a.videos} holds none of the clips that {a.data} names")
-    try:
-        load_processor(a.model)
-    except ValueError as error:                 # a model of another family
-        raise SystemExit(f"error: --model {a.model}: {error}") from None
     settings = settings_of(a, records)
     rank, world, device = distributed(timedelta(hours=24))      # for ranks with longer clips
     path = Path(a.out, "predictions.jsonl")
@@ -160,18 +169,34 @@ def run(a: argparse.Namespace) -> dict | None:
 
 
 # ------------------------------------------------------------------------------------------ scores
+def gradable(row: dict) -> bool:
+    """Whether `grade` can take a row of predictions, with defaults for what others leave out."""
+    if not (isinstance(row["options"], list) and isinstance(row["row"], int)):
+        return False
+    texts = [row.get("output", row.get("unreadable")), row.get("solution"), *row["options"]]
+    return row["problem_type"] in KNOWN["problem_type"] and all(isinstance(t, str) for t in texts)
+
+
 def read_predictions(path: str | Path) -> tuple[dict, list[dict]]:
-    """(settings, rows with "grade") of a file that `run` wrote. BadRecord if it is no such file."""
-    first, *rows = read_json(path) or [None]
-    if not isinstance(first, dict) or "settings" not in first:
-        raise BadRecord(f"{path}: not predictions of evaluate.py, which begin with their settings")
-    latest = {}
-    for row in rows:
+    """(settings, rows with "grade") of a file that `run` wrote, or of others' in Video-R1's form,
+    which do not say their settings ({}). BadRecord where there is nothing to grade."""
+    rows, settings, latest = read_json(path), {}, {}
+    if rows and isinstance(rows[0], dict) and "settings" in rows[0]:
+        settings = rows.pop(0)["settings"]
+    elif not rows:
+        raise BadRecord(f"{path}: holds no predictions")
+    for number, given in enumerate(rows):
+        fields = given if isinstance(given, dict) else {}
+        row = {"row": number, "path": number, "problem": "", "problem_type": "multiple choice",
+               **fields, "options": fields.get("options") or []}
+        if not gradable(row):
+            raise BadRecord(f"{path}: row {number} is no prediction: its 'output' and 'solution' "
+                            f"are texts, its options and problem_type as data.py knows them")
         if "output" in row:
             row["grade"] = grade(row["output"], row["solution"], row["problem_type"],
                                  row["options"])
         latest[row["row"]] = row                # a clip that could be read later replaces its note
-    return first["settings"], list(latest.values())
+    return settings, list(latest.values())
 
 
 def mean_of(scores: list[tuple[float, str]]) -> tuple[float, float]:
@@ -192,17 +217,34 @@ def mean_of(scores: list[tuple[float, str]]) -> tuple[float, float]:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Counts, mean scores, and the strict score's interval. What is unreadable is not wrong."""
+    """Counts, mean scores, the strict score's interval, and what the commonest letter alone would
+    score on all multiple choice questions. What is unreadable is not wrong."""
     answered = [row for row in rows if "grade" in row]
     strict, half = mean_of([(row["grade"][0], row["path"]) for row in answered])
     lenient, _ = mean_of([(row["grade"][1], row["path"]) for row in answered])
     unparsed = sum(not row["grade"][2] for row in answered)
+    letters = [extract_answer(row["solution"]) or row["solution"].strip() for row in rows
+               if row["problem_type"] == "multiple choice"]
+    letter = max(sorted(set(letters)), key=letters.count, default="no letter")
     return {"n": len(answered), "strict": strict, "interval": (strict - half, strict + half),
-            "lenient": lenient, "unparsed": unparsed, "unreadable": len(rows) - len(answered)}
+            "lenient": lenient, "unparsed": unparsed, "unreadable": len(rows) - len(answered),
+            "always": (letter, letters.count(letter) / max(1, len(letters)))}
+
+
+def part_of(row: dict, split: dict) -> str | None:
+    """The part of a split (benchmarks.json) that a row belongs to; None if it does not say."""
+    folders, rows = split.get("folders", {}), split.get("rows", {})
+    folder = Path(str(row["path"])).parent.name
+    parts = [str(row[field]) for field in split.get("fields", ()) if row.get(field)]
+    parts += [part for part, names in folders.items() if folder in names]
+    parts += [part for part, (first, last) in rows.items() if first <= row["row"] <= last]
+    return parts[0] if parts else None
 
 
 def published(settings: dict) -> dict[str, float]:
     """{model: its published score}; empty unless it was measured with exactly these settings."""
+    if "protocol" not in settings:              # of another program
+        return {}
     protocol, frames = PROTOCOLS[settings["protocol"]], settings["frames"]
     needed = protocol["options"] | {"frames": frames}
     if any(settings[name] != value for name, value in needed.items()):
@@ -214,14 +256,17 @@ def report(settings: dict, rows: list[dict]) -> dict:
     """Print the table of a benchmark, all and by its usual splits; returns it."""
     benchmark, parts = BENCHMARKS[settings["benchmark"]], defaultdict(list)
     for row in rows:
-        for name, field in benchmark["splits"].items():
-            if row.get(field):
-                parts[f"{name}: {row[field]}"].append(row)
+        for name, split in benchmark["splits"].items():
+            part = part_of(row, split)
+            if part is not None:
+                parts[f"{name}: {part}"].append(row)
     table = {"all": summarise(rows)} | {name: summarise(parts[name]) for name in sorted(parts)}
     for name, s in table.items():
         half = s["interval"][1] - s["strict"]
-        print(f"{name:24} {s['n']:5d} answers: strict {s['strict']:6.1%} +- {half:4.1%}, lenient "
+        print(f"{name:40} {s['n']:5d} answers: strict {s['strict']:6.1%} +- {half:4.1%}, lenient "
               f"{s['lenient']:6.1%}, {s['unparsed']} unparsed; {s['unreadable']} unreadable")
+    letter, share = table["all"]["always"]
+    print(f"always answering {letter}: {share:.1%} of the multiple choice questions")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     size = benchmark["size"] or "no fixed number"
     print(f"{len(rows)} questions; the whole benchmark has {size}")
@@ -244,9 +289,9 @@ def compare(first: str, second: str) -> dict:
         mean, half = mean_of(differences)
         table[name] = {"difference": mean, "interval": (mean - half, mean + half)}
         print(f"{name:8} A - B {mean:+.1%} +- {half:.1%}")
-    for name in ours.keys() & theirs.keys():
-        if ours[name] != theirs[name]:
-            print(f"they differ in {name}: A {ours[name]}, B {theirs[name]}")
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            print(f"they differ in {name}: A {ours.get(name)}, B {theirs.get(name)}")
     return table
 
 
@@ -271,14 +316,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="decoding processes per rank")
     add("--rescore", metavar="FILE", help="score these predictions; no model needed")
     add("--compare", nargs=2, metavar=("A", "B"), help="difference of two predictions files")
+    add("--video", help="answer one --question about this clip or image")
+    add("--question")
     a = parser.parse_args(arguments)
     if a.rescore or a.compare:
-        for name in ("benchmark", "protocol", "frames", "max_pixels", "max_new_tokens", "seconds"):
+        for name in ("protocol", "frames", "max_pixels", "max_new_tokens", "seconds"):
             if getattr(a, name) is not None:
                 parser.error(f"--{name} is what the file says")
         return a
-    if not (a.model and a.data and a.benchmark):
-        parser.error("--model, --data and --benchmark are needed")
+    asked = a.question if a.video else a.data and a.benchmark
+    if not (a.model and asked):
+        parser.error("--model is needed, and --data and --benchmark, or --video and --question")
     a.protocol = a.protocol or "video-ktr"
     for name, value in PROTOCOLS[a.protocol]["options"].items():
         if getattr(a, name, None) is None:
@@ -291,7 +339,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(a: argparse.Namespace) -> dict | None:
     if a.compare:
         return compare(*a.compare)
-    return report(*read_predictions(a.rescore)) if a.rescore else run(a)
+    if a.rescore:
+        settings, rows = read_predictions(a.rescore)
+        if settings and a.benchmark:
+            raise SystemExit(f"error: --benchmark is what {a.rescore} says")
+        return report(settings or {"benchmark": a.benchmark or "custom"}, rows)
+    try:
+        load_processor(a.model)
+    except ValueError as error:                 # a model of another family
+        raise SystemExit(f"error: --model {a.model}: {error}") from None
+    return one_question(a) if a.video else run(a)
 
 
 if __name__ == "__main__":

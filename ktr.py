@@ -39,7 +39,7 @@ from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
 from run import checkpoint
 from run.distributed import add_up, distributed, leave
-from run.logs import Clock, Log, counted, rewind, sample_of
+from run.logs import Clock, Log, counted, reporter, rewind, sample_of
 from run.options import MAY_CHANGE, Options, parse
 from stream import UNUSABLE, Stream, preflight
 
@@ -198,6 +198,7 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
     rank, world, device = distributed()
     out = Path(o.out)
     out.mkdir(parents=True, exist_ok=True)
+    log = Log(out, rank, reporter(o, out) if rank == 0 else None)
     resumed = checkpoint.newest(out)
     model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
     trained = freeze(model, o.freeze)
@@ -230,7 +231,6 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
         rewind(out, state["step"])
         (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
     add_up({"ranks": 1}, device)            # none writes before that is done
-    log = Log(out, rank)
     stream = Stream(o, records, left_out, processor, log, rank, world, state)
     return Run(rank, world, device, model, processor, optimizer, scorer, reference, state, log,
                stream, leaving)
@@ -264,7 +264,7 @@ def keep(o: Options, run: Run, rollouts: list[Rollout], stopping: bool) -> None:
                          f"{o.videos}` lists them all for --leave_out")
     if o.save_every and (done % o.save_every == 0 or done == steps or stopping):
         run.leaving.saving = True
-        checkpoint.save(out, run.model, run.processor, run.optimizer, state, o.keep)
+        checkpoint.save(out, run.model, run.processor, run.optimizer, state, o)
         run.leaving.saving = False
     if stopping and done < steps:
         if run.rank == 0:

@@ -237,11 +237,11 @@ class Processor:
         Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2))
 
     def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float,
-               max_prompt: int = 16384, template: str = QUESTION_TRAIN) -> Prompt:
+               max_prompt: int = 16384) -> Prompt:
         """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart. BadRecord if the prompt
         exceeds max_prompt tokens (it is never cut), or its question holds a token of an image."""
         v, media = self.vision, self.media_ids[record["data_type"]]
-        words = {"type": "text", "text": question_text(record, template)}
+        words = {"type": "text", "text": question_text(record)}
         messages = [{"role": "user", "content": [{"type": record["data_type"]}, words]}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or not there, and SIGTERM.
 
-A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it), made_by.json (the
-options, how many processes and records) and, under training_state/, one file per rank. It is
-written aside as NAME.part and renamed when every rank has finished; older ones go only after that.
-So whatever kills a run, its newest checkpoint is whole.
+A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it) with a model card
+and, under training_state/, one file per rank. It is written aside as NAME.part and renamed when
+every rank has finished; older ones go only after that. So whatever kills a run, its newest
+checkpoint is whole.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +19,23 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from run.distributed import add_up
+from run.options import Options
+
+CARD = """---
+base_model: {model}
+library_name: transformers
+pipeline_tag: video-text-to-text
+tags: [grpo, video-ktr]
+---
+
+# Video-KTR: {model} after {step} steps
+
+Trained with GRPO on key tokens (Video-KTR, arXiv 2601.19686), with these options:
+
+```json
+{options}
+```
+"""
 
 
 def all_of(out: Path) -> list[Path]:
@@ -36,8 +54,8 @@ def sweep(out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save(out: Path, model, processor, optimizer, state: dict, keep: int) -> None:
-    """Write OUT/checkpoint-STEP (state["step"]), then drop all but the newest `keep`.
+def save(out: Path, model, processor, optimizer, state: dict, o: Options) -> None:
+    """Write OUT/checkpoint-STEP (state["step"]), then drop all but the newest --keep.
 
     Every rank calls it. OSError on all ranks, naming the last good checkpoint, if any rank cannot
     write; nothing partial stays.
@@ -53,7 +71,9 @@ def save(out: Path, model, processor, optimizer, state: dict, keep: int) -> None
         if rank == 0:
             model.save_pretrained(part)
             processor.save(part)
-            (part / "made_by.json").write_text(json.dumps(state["made_by"], indent=2))
+            options = json.dumps(asdict(o) | state["made_by"], indent=2)
+            card = CARD.format(model=o.model, step=state["step"], options=options)
+            (part / "README.md").write_text(card, "utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
         failure = error                                         # RuntimeError
     failed = add_up({"ranks": failure is not None}, model.device)["ranks"]
@@ -71,7 +91,7 @@ def save(out: Path, model, processor, optimizer, state: dict, keep: int) -> None
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        for old in all_of(out)[:-keep]:
+        for old in all_of(out)[:-o.keep]:
             shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
     add_up({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
 

@@ -8,6 +8,7 @@
 import json
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -138,11 +139,31 @@ def rewind(out: Path, step: int) -> None:
             part.replace(path)                  # whole, whatever kills this process
 
 
+def reporter(o: Options, out: Path) -> tuple | None:
+    """(what sends a row of the log, what ends that) where --report_to says; None if nowhere.
+    SystemExit if what it says is not installed."""
+    try:
+        if o.report_to == "wandb":
+            import wandb
+            run = wandb.init(project="video-ktr", name=out.name, config=asdict(o))
+            return run.log, run.finish
+        if o.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(out)
+
+            def send(row: dict[str, float]) -> None:
+                for name, value in row.items():
+                    board.add_scalar(name, value, row["step"])
+            return send, board.close
+    except ImportError:
+        raise SystemExit(f"error: pip install {o.report_to}, or leave --report_to out") from None
+
+
 class Log:
     """The files of one run. Rank 0 writes log and samples; every rank, what it skips."""
 
-    def __init__(self, out: Path, rank: int):
-        self.out, self.rank = out, rank
+    def __init__(self, out: Path, rank: int, reporter=None):
+        self.out, self.rank, self.reporter = out, rank, reporter
 
     def append(self, name: str, row: dict) -> None:
         with open(self.out / name, "a", encoding="utf-8") as file:
@@ -163,6 +184,11 @@ class Log:
                "memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0}
         self.append("log.jsonl", row)
         tqdm.write(line_of(row, steps))
+        if self.reporter:
+            send, end = self.reporter
+            send(row)
+            if step == steps:                   # leave() ends the process before others could
+                end()
 
     def skip(self, record: dict, reason: str, step: int) -> None:
         """step: the one that it is skipped in, counted from 1."""

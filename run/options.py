@@ -22,7 +22,7 @@ PRESETS = {
 PARTS = ("vision", "projector", "language")     # of the model, policy.parts
 MAY_CHANGE = (      # when a run is continued
     "data", "videos", "out", "leave_out", "max_steps", "epochs", "workers", "save_every", "keep",
-    "sample_every", "resume", "check", "offload")
+    "sample_every", "resume", "report_to", "check", "offload")
 
 
 def option(default, help: str, **extra):
@@ -109,6 +109,7 @@ class Options:
     sample_every: int = option(0, "steps between samples; 0: a hundred samples a run")
     resume: str = one_of("auto", "never", help="go on from the newest checkpoint in --out, or "
                          "refuse a used --out")
+    report_to: str = one_of("none", "tensorboard", "wandb", help="besides log.jsonl, if installed")
     check: bool = option(False, "check model, data and machine, then stop")
 
     @property

@@ -15,8 +15,8 @@ from conftest import ROOT, plain_inputs
 
 import evaluate
 from engine.decoding import vision_tokens
-from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, mean_of, parse, published,
-                      read_predictions, read_questions, report, summarise, worded)
+from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, mean_of, parse, part_of,
+                      published, read_predictions, read_questions, report, summarise, worded)
 from lab import toy
 from lab.holmes import converted
 from prompt import QUESTION_EVAL, BadRecord, question_text
@@ -24,7 +24,7 @@ from rewards import grade
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
 PAPER = SHARED.parent / "facts"
-NEEDED = ["--model", "m", "--benchmark", "mmvu", "--data", "d"]
+NEEDED = ["--model", "cold_start", "--benchmark", "mmvu", "--data", "d"]
 QUICK = ["--max_new_tokens", "8", "--dtype", "float32", "--workers", "0", "--batch", "7"]
 
 
@@ -87,6 +87,8 @@ def test_counts_of_a_small_table():
     s = summarise(rows)
     assert (s["n"], s["unparsed"], s["unreadable"]) == (5, 1, 1)
     assert s["strict"] == pytest.approx(1 / 5) and s["lenient"] == pytest.approx(2 / 5)
+    assert s["always"] == ("B", pytest.approx(5 / 6))
+    assert summarise([row("9", "9", "numerical")])["always"] == ("no letter", 0)
 
 
 def test_an_unreadable_clip_is_no_wrong_answer():
@@ -102,9 +104,16 @@ def test_usual_splits():
     assert list(table) == ["all", "domain: Knowledge", "length: long", "length: short"]
     assert table["length: short"]["strict"] == 0.5 and table["all"]["n"] == 4
     assert table["length: long"]["n"] == 1 and table["domain: Knowledge"]["n"] == 3
-    holmes = report(settings_of("video-ktr", "video-holmes"),
-                    [row(RIGHT, **{"Question Type": "SR"})])
-    assert "type: SR" in holmes
+    for field in ("Question Type", "original_question_type"):
+        assert "type: SR" in report(settings_of("video-ktr", "video-holmes"),
+                                    [row(RIGHT, **{field: "SR"})])
+    chemistry = row(RIGHT, path="./E/MMVU/videos/Chemistry/0.mp4")
+    law, elsewhere = row(RIGHT, path="Law/3.mp4"), row(RIGHT, path="elsewhere/3.mp4")
+    table = report(settings_of("video-ktr", "mmvu"), [chemistry, law, elsewhere])
+    assert list(table)[1:] == ["discipline: Humanities & Social Science", "discipline: Science"]
+    [track] = BENCHMARKS["videommmu"]["splits"].values()
+    parts = [part_of({"row": i, "path": "p"}, track) for i in (0, 299, 300, 600, 899, 900)]
+    assert parts == ["adaptation"] * 2 + ["comprehension", "perception", "perception", None]
     sizes = [row("<answer>9</answer>", "10", "regression", original_question_type="object_size")]
     table = report(settings_of("video-ktr", "vsibench"), sizes)
     assert table["type: object_size"]["strict"] == pytest.approx(0.8)
@@ -165,8 +174,9 @@ def test_real_lists_load_whole(name, rows, clips):
         pytest.skip(f"{path} is not here; BENCHMARK_LISTS names the folder that holds it")
     records = read_questions(path, "video-ktr", name)
     assert len(records) == rows and len({record["path"] for record in records}) == clips
-    for field in BENCHMARKS[name]["splits"].values():
-        assert all(record[field] for record in records)
+    assert BENCHMARKS[name]["splits"]
+    for split in BENCHMARKS[name]["splits"].values():
+        assert all(part_of(record, split) for record in records)
     for record in read_questions(path, "direct", name):
         text = question_text(record)
         end = "directly." if record["options"] else "word or phrase."
@@ -234,7 +244,7 @@ def test_a_protocol_sets_defaults_and_an_option_wins():
     (["--frames", "0"], "at least 2 frames"), (["--max_new_tokens", "0"], "1 new token"),
     (["--seconds", "two"], "invalid choice"), (["--protocol", "mine"], "invalid choice"),
     (["--frame", "8"], "unrecognized"), (["--temperature", "1"], "unrecognized"),
-    (["--data", ""], "--data and --benchmark"),
+    (["--data", ""], "--data and --benchmark"), (["--video", "v"], "--video and --question"),
 ])
 def test_options_that_cannot_be_meant(more, message, capsys):
     with pytest.raises(SystemExit):
@@ -263,7 +273,7 @@ def test_answers_are_those_of_generate(whole, tiny, plain, world):
     quiet = dict(max_new_tokens=8, do_sample=False, suppress_tokens=vision_tokens(plain.config))
     for r in rows[:6]:
         frames, seconds = evaluate.load_media(r, world, limits, processor.vision)
-        prompt = processor.prompt(r, frames, seconds, template=QUESTION_EVAL)
+        prompt = processor.prompt(r, frames, seconds)
         out = plain.generate(**plain_inputs(prompt), **quiet)[0, len(prompt.ids):]
         assert r["output"] == processor.tokenizer.decode(out, skip_special_tokens=True)
 
@@ -409,7 +419,52 @@ def test_questions_about_a_clip_share_its_decoding(checkpoint_folder, world, tmp
     assert len(calls) == 2 and len(rows_of(tmp_path / "out")) == 4
 
 
+@pytest.mark.parametrize("more", [[], ["--direct"]])
+def test_one_question_from_the_shell(checkpoint_folder, world, capsys, more):
+    records = read_questions(world / "test.json", "video-ktr", "toy")
+    kinds = {record["data_type"]: record["path"] for record in records}
+    assert set(kinds) == {"video", "image"}
+    for path in kinds.values():
+        main(parse(["--model", str(checkpoint_folder), "--video", str(world / path),
+                    "--question", "What happens?", *QUICK, *more]))
+        assert capsys.readouterr().out.strip()
+    with pytest.raises(SystemExit, match="none.y4m: no such file"):
+        main(parse(["--model", str(checkpoint_folder), "--video", str(world / "none.y4m"),
+                    "--question", "What happens?", *QUICK, *more]))
+
+
 # ------------------------------------------------------------------------------------------ rescore
+OTHERS = [{"output": RIGHT, "solution": RIGHT, "problem_type": "multiple choice",
+           "options": ["A. x", "B. y"], "prediction": "B", "reward": 1.0},
+          {"output": "B.", "solution": RIGHT, "options": None}]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(OTHERS), "\ufeff" + json.dumps(OTHERS),
+    "\n".join(json.dumps(item) for item in OTHERS),
+    json.dumps({"results": OTHERS, "final_acc": [{"mean_acc": 0.5}]}, indent=2)])
+def test_other_peoples_predictions(tmp_path, text, capsys):
+    path = tmp_path / "eval_mmvu_theirs.json"
+    path.write_text(text, "utf-8")
+    table = main(parse(["--rescore", str(path), "--benchmark", "mmvu"]))
+    assert (table["all"]["n"], table["all"]["strict"], table["all"]["lenient"]) == (2, 0.5, 1.0)
+    printed = capsys.readouterr().out                   # a stranger's file gets no figure
+    assert "published figures: none" in printed and "61.3" not in printed
+    assert "always answering B: 100.0%" in printed and "whole benchmark has 625" in printed
+    assert main(parse(["--rescore", str(path)])) == table           # of no named benchmark
+    assert "no fixed number" in capsys.readouterr().out
+
+
+def test_our_answers_without_settings_are_others(whole, tmp_path, capsys):
+    path, bare = whole[0] / "predictions.jsonl", tmp_path / "bare.jsonl"
+    bare.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert main(parse(["--rescore", str(bare), "--benchmark", "toy"])) == whole[1]
+    assert "protocol" not in capsys.readouterr().out
+    result = compare(str(path), str(bare))
+    assert result["n"] == 24 and result["strict"]["difference"] == 0
+    assert "they differ in protocol: A video-ktr, B None" in capsys.readouterr().out
+
+
 def test_rescoring_takes_what_the_file_says(whole, capsys):
     assert main(parse(["--rescore", str(whole[0] / "predictions.jsonl")])) == whole[1]
     assert "protocol video-ktr" in capsys.readouterr().out
@@ -423,13 +478,29 @@ def test_rescoring_says_the_files_frames(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "frames 64" in printed and "61.3" not in printed
     assert "61.6" in printed and "66.6" in printed
+    with pytest.raises(SystemExit, match="--benchmark is what .*predictions.jsonl says"):
+        main(parse(["--rescore", str(path), "--benchmark", "videomme"]))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[3]", '{"output": "B", "solution": "B"}'])
-def test_other_files_are_refused(tmp_path, text):
+@pytest.mark.parametrize("bad", [
+    {"solution": RIGHT}, {"output": RIGHT}, "text", 3, {"output": 3, "solution": RIGHT},
+    {"output": RIGHT, "solution": RIGHT, "problem_type": "riddle"},
+    {"output": RIGHT, "solution": RIGHT, "problem_type": ["OCR"]},
+    {"output": RIGHT, "solution": RIGHT, "options": [1, 2]},
+    {"output": RIGHT, "solution": RIGHT, "options": 2},
+    {"output": RIGHT, "solution": RIGHT, "row": "last"}])
+def test_what_is_no_prediction_is_refused(tmp_path, bad):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*OTHERS, bad]))
+    with pytest.raises(BadRecord, match="a.json: row 2 is no prediction"):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"results": []}'])
+def test_a_file_without_predictions_is_refused(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(BadRecord, match="a.json: not predictions of evaluate.py"):
+    with pytest.raises(BadRecord, match="a.json: holds no predictions"):
         read_predictions(path)
 
 

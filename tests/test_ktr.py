@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -125,8 +126,12 @@ def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
     assert any(not torch.equal(trained[k], base[k]) for k in base)
     assert AutoTokenizer.from_pretrained(final).chat_template
     assert json.loads((final / "preprocessor_config.json").read_text())["patch_size"] == 14
-    made_by = json.loads((final / "made_by.json").read_text())
-    assert made_by["model"] == str(checkpoint_folder) and made_by["signals"][0] == "visual"
+    card = (final / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {checkpoint_folder}\nlibrary_name: transformers\n")
+    assert "after 6 steps" in card
+    used = json.loads(card.split("```json")[1].split("```")[0])
+    assert used["signals"][0] == "visual" and used["lr"] == 1e-3 and used["processes"] == 1
+    assert set(used) > {"data", "videos", "records", *Options.__dataclass_fields__}
 
 
 def test_training_moves_towards_reward(run, tmp_path, monkeypatch):
@@ -527,3 +532,41 @@ def test_what_is_missing_is_one_clear_line(run, tmp_path, change, says):
     message = str(stop.value)
     assert message.startswith("error: ") and says in message and "\n" not in message
     assert not (tmp_path / "out").exists()                      # nothing was begun
+
+
+# ---------------------------------------------------------------------------------------- reporters
+@pytest.mark.parametrize("name, module", [("wandb", "wandb"),
+                                          ("tensorboard", "torch.utils.tensorboard")])
+def test_reporters_must_be_installed(run, tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=f"pip install {name}, or leave --report_to out"):
+        run(tmp_path, "--report_to", name, "--max_steps", 1)
+
+
+def test_a_reporter_gets_every_row_and_is_ended(run, tmp_path, monkeypatch):
+    """What TensorBoard and Weights & Biases would be told, by stand-ins of the same names."""
+    heard, board, wandb = [], ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            heard.append(folder)
+
+        def add_scalar(self, name, value, step):
+            heard.append((name, value, step))
+
+        def close(self):
+            heard.append("closed")
+
+    board.SummaryWriter = SummaryWriter
+    wandb.init = lambda project, name, config: SimpleNamespace(
+        log=heard.append, finish=lambda: heard.append((project, name, config["G"])))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tmp_path / "a", "--report_to", "wandb", "--max_steps", 2)
+    rows = log_of(tmp_path / "a")
+    assert heard == [*rows, ("video-ktr", "a", 4)]
+    heard.clear()
+    run(tmp_path / "b", "--report_to", "tensorboard", "--max_steps", 2)
+    rows = log_of(tmp_path / "b")
+    told = [(name, value, row["step"]) for row in rows for name, value in row.items()]
+    assert heard == [tmp_path / "b", *told, "closed"]
