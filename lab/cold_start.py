@@ -55,7 +55,7 @@ def train(folder: Path, steps: int = 3000, batch: int = 64, lr=1e-3, seed: int =
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = tqdm(range(steps), desc="cold start", unit="step")
-    warmup = steps // 10 if start else 200
+    warmup = max(1, steps // 10) if start else 200
     for step in bar:
         # a linear warm-up times a cosine down to a fiftieth of the peak
         cosine = (1 + math.cos(math.pi * (step / steps))) / 2

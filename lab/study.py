@@ -143,7 +143,8 @@ def plan(variants: dict[str, str], seeds: int, others: int) -> list[tuple[int, s
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """The plan, `a.jobs` at once. At `a.minutes` what still runs is ended, to be repeated."""
+    """The plan, `a.jobs` at once. At `a.minutes` what still runs is ended, to be repeated. A failure
+    is raised once the others are done."""
     work = plan(variants, a.seeds, a.others)
     bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
     until = time.monotonic() + 60 * a.minutes if a.minutes else math.inf
@@ -153,7 +154,9 @@ def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
             bar.update()
 
     with bar, ThreadPoolExecutor(a.jobs or os.cpu_count()) as pool:
-        list(pool.map(one, *zip(*work)))                # a failure is raised here, the rest dropped
+        begun = [pool.submit(one, seed, name) for seed, name in work]
+    for future in begun:
+        future.result()
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -321,10 +324,13 @@ def main() -> None:
     if a.rule:
         variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
         try_one_step(variants[a.rule.stem], a)
-    run_all(variants, a)
     file = Path(a.out, "study.json")
-    saved = {"options": vars(a), "variants": variants, "runs": collect(variants, a)}
-    file.write_text(json.dumps(saved, default=str))
+    try:
+        run_all(variants, a)
+    finally:                                            # what is finished is kept in any case
+        saved = {"options": vars(a), "variants": variants, "runs": collect(variants, a)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(saved, default=str))
     show(file)
     if a.rule:
         page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
