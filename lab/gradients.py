@@ -24,7 +24,8 @@ from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward
 from run.options import Options
 
-RULES = {"Video-KTR": Options(), "random 45%": Options(signals=["random"], ratio=0.45)}
+RULES = {"Video-KTR": Options(), "visual+temporal": Options(signals=["visual", "temporal"]),
+         "random 45%": Options(signals=["random"], ratio=0.45)}
 
 
 def advantages_of(prompt: Prompt, group: Group, processor: Processor) -> Tensor:
@@ -48,7 +49,7 @@ def gradient_of(losses: Tensor, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int = 8,
-                      rules: dict[str, Options] = RULES) -> dict:
+                      rules: dict[str, Options] = RULES, longest: int = 64) -> dict:
     """Print and return {"gradients": {rule: means over groups}, "loss variance": {rule: ..}}, on
     clips of the world's train.json. A rule's key tokens are those that `heavier` takes. SystemExit
     if no group has unequal rewards."""
@@ -57,7 +58,7 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     clips = [record for record in records if record["data_type"] == "video"][:questions]
     data = Prompts(clips, world, processor)
     prompts = [data[i] for i in range(len(data))]
-    groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
+    groups = sample(model, prompts, G, longest, seeds=range(len(prompts)))
     rows = {rule: [] for rule in rules}
     losses = {rule: [] for rule in ("GRPO", *rules)}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
@@ -90,7 +91,7 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     variance = {rule: statistics.variance(values) for rule, values in losses.items()}
     print(f"last layer's gradient, mean over {len(found)} groups with unequal rewards")
     for rule, row in table.items():
-        print(f"{rule:12} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
+        print(f"{rule:16} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
               f"cosine with the whole: {row['cosine key']:.3f}, {row['cosine other']:.3f}")
     variances = [f"{rule} {value:.3f}" for rule, value in variance.items()]
     print(f"variance of the loss: {', '.join(variances)}")

@@ -63,11 +63,8 @@ CLAIMS = {                                              # what else the paper co
 }
 VARIANTS = {**MAIN, **CLAIMS}
 CONTROLS = ("GRPO", "random 45%", "Video-KTR")          # of --rule
-FAMILIES = {            # further controls: the rules that are compared with each
-    "random 20%": ("visual", "temporal", "entropy"),
-    "Video-KTR": tuple(name for name in VARIANTS if name.startswith("KTR")),
-}
 OUTCOMES = ("accuracy", "learning")
+MEASURES = (*OUTCOMES, "reward", "share", "kl", "grad", "seconds")
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -200,15 +197,6 @@ def collect(variants: dict[str, str], a: argparse.Namespace) -> dict[str, dict[i
     return found
 
 
-def families(control: str, names: list[str]) -> list[list[str]]:
-    """The groups of rules that are compared with a control and corrected together."""
-    others = [name for name in names if name != control]
-    if control in FAMILIES:
-        return [[name for name in others if name in FAMILIES[control]]]
-    main = [name for name in others if name in MAIN or name not in VARIANTS]
-    return [main, [name for name in others if name not in main]]
-
-
 def compare(runs: dict[str, dict[int, dict]], names: list[str], control: str,
             measure: str) -> tuple[dict[str, dict], str]:
     """{name: mean, half (95%), p (Holm), pairs} of the differences from the control over the seeds
@@ -232,34 +220,29 @@ def compare(runs: dict[str, dict[int, dict]], names: list[str], control: str,
                   f"finds {alone:.1f} points alone, {among:.1f} among {m}")
 
 
-def make_table(runs: dict[str, dict[int, dict]]) -> dict:
-    """Print, and return {"rules": {name: {measure: (mean, half)}}, "minus CONTROL": {measure:
-    {name: ..}}}: means over seeds with 95% intervals, then paired differences."""
-    table = {"rules": {}}
+def print_tables(runs: dict[str, dict[int, dict]], controls: list[str]) -> None:
+    """Means over seeds with 95% intervals, then the paired differences from each control; the main
+    rules and yours are corrected apart from the others."""
     print(f"{'':22}seeds   accuracy        learning        reward  tokens     kl   grad  seconds")
     for name, of in runs.items():
-        measures = [key for key in next(iter(of.values())) if key not in ("kinds", "curve")]
-        row = {key: interval([run[key] for run in of.values()]) for key in measures}
-        table["rules"][name] = row
+        row = {key: interval([run[key] for run in of.values()]) for key in MEASURES}
         both = "   ".join(f"{row[key][0]:5.1f} +- {row[key][1]:4.1f}" for key in OUTCOMES)
         print(f"{name:22}{len(of):5d}   {both}  {row['reward'][0]:7.2f} {row['share'][0]:6.0f}% "
               f"{row['kl'][0]:6.3f} {row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
-    for control in ("GRPO", "random 45%", *FAMILIES):
-        groups = families(control, list(runs)) if control in runs else []
-        for names in filter(None, groups):
+    main = [name for name in runs if name in MAIN or name not in VARIANTS]
+    others = [name for name in runs if name not in main]
+    for control in (name for name in controls if name in runs):
+        for names in ([name for name in group if name != control] for group in (main, others)):
+            if not names:
+                continue
             print(f"\n{f'minus {control}':22}pairs   accuracy                  learning")
-            found = {measure: compare(runs, names, control, measure) for measure in OUTCOMES}
+            found = [compare(runs, names, control, measure) for measure in OUTCOMES]
             for name in names:
-                rows = [found[measure][0][name] for measure in OUTCOMES]
-                both = "   ".join(f"{row['mean']:+5.1f} +- {row['half']:4.1f}  p {row['p']:5.3f}"
-                                  for row in rows)
-                print(f"{name:22}{rows[0]['pairs']:5d}   {both}")
-            for measure, (rows, note) in found.items():
-                table.setdefault(f"minus {control}", {}).setdefault(measure, {}).update(rows)
-                if note:
-                    print(note)
+                both = "   ".join("{mean:+5.1f} +- {half:4.1f}  p {p:5.3f}".format(**rows[name])
+                                  for rows, _ in found)
+                print(f"{name:22}{found[0][0][name]['pairs']:5d}   {both}")
+            print("\n".join(note for _, note in found))
     print("\n+-: 95% intervals over seeds. p: paired t, Holm's correction for the lines of a block")
-    return table
 
 
 def draw(runs: dict[str, dict[int, dict]], out: Path) -> None:
@@ -273,11 +256,11 @@ def draw(runs: dict[str, dict[int, dict]], out: Path) -> None:
     plot(drawn, ["accuracy"], out)
 
 
-def show(file: Path) -> None:
+def show(file: Path, controls: list[str]) -> None:
     """The tables and curves of a study.json."""
     saved = json.loads(file.read_text())["runs"]
     runs = {name: {int(seed): run for seed, run in of.items()} for name, of in saved.items()}
-    make_table(runs)
+    print_tables(runs, controls)
     draw(runs, file.with_suffix(""))
 
 
@@ -298,11 +281,12 @@ def main() -> None:
     add("--world", default="runs/study_world", help="made, with 1200 test questions, if missing")
     add("--model", default="cold_start")
     add("--out", default="runs/study")
+    add("--controls", nargs="+", default=["GRPO", "random 45%"], help="rules to compare with")
     add("--table", metavar="FILE", help="print the tables of this study.json instead")
     add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
     if a.table:
-        return show(Path(a.table))
+        return show(Path(a.table), a.controls)
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
     unknown = [name for name in a.only or [] if name not in VARIANTS]
@@ -316,7 +300,7 @@ def main() -> None:
         make = [sys.executable, "-m", "lab.toy", "make", a.world, "--test", "1200"]
         subprocess.run(make, cwd=ROOT, check=True)
     if a.gradients:
-        gradient_analysis(a.gradients, a.world)
+        gradient_analysis(a.gradients, a.world, longest=a.max_new_tokens)
         return
     only = a.only or (CONTROLS if a.rule else VARIANTS)
     variants = {name: VARIANTS[name] for name in only}
@@ -331,7 +315,7 @@ def main() -> None:
         saved = {"options": vars(a), "variants": variants, "runs": collect(variants, a)}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(saved, default=str))
-    show(file)
+    show(file, a.controls)
     if a.rule:
         page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
 

@@ -111,13 +111,14 @@ def test_the_paired_table_by_hand(tmp_path, capsys):
     runs = study.collect(dict.fromkeys([*accuracies, "PAPO"], ""), a)
     assert {name: list(seeds) for name, seeds in runs.items()} == {
         name: list(range(len(values))) for name, values in accuracies.items()}
-    table = study.make_table(runs)
+    study.print_tables(runs, ["GRPO", "random 45%"])
+    printed = capsys.readouterr().out
 
     def expected(mean, variance):
         return pytest.approx((mean, 4.3027 * math.sqrt(variance / 3)), rel=1e-4)
-    assert table["rules"]["visual"]["accuracy"] == expected(64, 91)
-    found = table["minus GRPO"]["accuracy"]
-    assert "GRPO" not in found and "minus random 45%" not in table
+    assert f"64.0 +- {4.3027 * math.sqrt(91 / 3):.1f}" in printed
+    assert "minus GRPO" in printed and "minus random 45%" not in printed
+    found, note = study.compare(runs, ["visual", "VPPO"], "GRPO", "accuracy")
     mine, other = found["visual"], found["VPPO"]
     assert (mine["mean"], mine["half"]) == expected(4, 1)           # 4, 5, 3
     assert (other["mean"], other["half"]) == expected(5 / 3, 7 / 3)         # 0, 2, 3
@@ -126,16 +127,16 @@ def test_the_paired_table_by_hand(tmp_path, capsys):
     t = [4 * math.sqrt(3), 5 / 3 / math.sqrt(7 / 9)]
     p = [1 - x / math.sqrt(2 + x * x) for x in t]
     assert mine["p"] == pytest.approx(2 * p[0]) and other["p"] == pytest.approx(p[1])
-    assert found["KTR 10%"]["p"] == pytest.approx(p[1])
-    assert table["minus GRPO"]["learning"]["VPPO"]["p"] == 1
-
-    printed = capsys.readouterr().out
+    same, _ = study.compare(runs, ["visual", "VPPO"], "GRPO", "learning")
+    assert same["VPPO"]["p"] == 1
+    (apart,) = [x for x in printed.splitlines() if x.startswith("KTR 10%") and " p " in x]
+    assert apart.split()[5:8] == ["3.8", "p", f"{p[1]:.3f}"]
     line = [x for x in printed.splitlines() if x.startswith("visual")][1]
     assert line.split()[:8] == ["visual", "3", "+4.0", "+-", "2.5", "p", f"{2 * p[0]:.3f}", "+0.0"]
     # median deviation of the two differences from GRPO: of sqrt 7/3 and 1
     noise = (math.sqrt(7 / 3) + 1) / 2
     alone, among = detectable(noise, 3), detectable(noise, 3, 0.025)
-    assert f"{alone:.1f} points alone, {among:.1f} among 2" in printed
+    assert f"{alone:.1f} points alone, {among:.1f} among 2" in note and note in printed
     assert "Holm" in printed
 
 
@@ -143,8 +144,9 @@ def test_one_seed_has_a_table_without_intervals(tmp_path, capsys):
     for name in ("GRPO", "visual"):
         hand_made(tmp_path, name, 0, 0.5)
     a = Namespace(out=str(tmp_path), seeds=1, others=1)
-    table = study.make_table(study.collect({"GRPO": "", "visual": ""}, a))
-    row = table["minus GRPO"]["accuracy"]["visual"]
+    runs = study.collect({"GRPO": "", "visual": ""}, a)
+    row = study.compare(runs, ["visual"], "GRPO", "accuracy")[0]["visual"]
+    study.print_tables(runs, ["GRPO"])
     assert row["mean"] == 0 and math.isnan(row["half"]) and row["pairs"] == 1
     assert "power" not in capsys.readouterr().out
 
