@@ -18,24 +18,13 @@ from torch import Tensor, nn
 from attribution import Rollout, attribute
 from data import Prompts, read_records
 from grpo import group_advantages
+from ktr import judge
 from lab.attribution_table import heavier
-from policy import Group, load, sample, score_groups
-from prompt import Processor, Prompt
-from rewards import accuracy_reward, format_reward
+from policy import load, sample, score_groups
 from run.options import Options
 
 RULES = {"Video-KTR": Options(), "visual+temporal": Options(signals=["visual", "temporal"]),
          "random 45%": Options(signals=["random"], ratio=0.45)}
-
-
-def advantages_of(prompt: Prompt, group: Group, processor: Processor) -> Tensor:
-    """(G,) from accuracy and format."""
-    record, rewards = prompt.record, []
-    for ids, n in zip(group.ids, group.lengths):
-        text = processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
-        accuracy = accuracy_reward(text, record["solution"], record["problem_type"])
-        rewards.append(accuracy + format_reward(text))
-    return group_advantages(torch.tensor(rewards))
 
 
 def gradient_of(losses: Tensor, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -62,7 +51,8 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     rows = {rule: [] for rule in rules}
     losses = {rule: [] for rule in ("GRPO", *rules)}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
-        advantages = advantages_of(prompt, group, processor)
+        accuracy, form = judge(Options(), processor, group, prompt.record)
+        advantages = group_advantages(accuracy + form)
         if not advantages.any():
             continue
         ((logp, entropy),) = score_groups(model, [prompt], [group])

@@ -268,8 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    names = ", ".join(VARIANTS).replace("%", "%%")
-    add("--only", nargs="+", help=f"of: {names}")
+    add("--only", nargs="+", choices=VARIANTS, help="not all of the rules")
     add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
     add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
     add("--seeds", type=int, default=5, help="of the main rules and of yours")
@@ -289,9 +288,6 @@ def main() -> None:
         return show(Path(a.table), a.controls)
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
-    unknown = [name for name in a.only or [] if name not in VARIANTS]
-    if unknown:
-        parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
     a.others = a.seeds if a.others is None else a.others
     if min(a.seeds, a.others) < 1 or min(a.jobs, a.minutes) < 0:
         parser.error("--seeds and --others take a number from 1 on, --jobs and --minutes from 0")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import plain_logp
 
+import ktr
 from lab import gradients, stats, study
 from lab.stats import detectable, holm, interval, p_value, quantile
 from lab.study import outcome
@@ -220,7 +221,7 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     """Once it is trained (see below): tabled, its tokens looked at."""
     monkeypatch.setattr(study, "page", partial(study.page, questions=2))
     monkeypatch.setattr(study, "try_one_step", lambda *_: None)
-    monkeypatch.setattr(gradients, "accuracy_reward", lambda text, *_: float(len(text) % 3))
+    monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
     hand_made(tmp_path, "GRPO", 0, 0.25, rewards=(0.0, 1.0))
     trained = hand_made(tmp_path, "late", 0, 0.5, rewards=(0.0, 1.0))
     (trained / "final").symlink_to(checkpoint_folder)
@@ -314,8 +315,8 @@ def test_every_variant_is_a_valid_command_line():
 def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, world, monkeypatch):
     """One question: |key| cos(key) + |other| cos(other) is the norm of the whole gradient, which
     the plain model gives too."""
-    monkeypatch.setattr(gradients, "accuracy_reward", lambda text, *_: float(len(text) % 3))
-    monkeypatch.setattr(gradients, "format_reward", lambda text: 0.0)
+    monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
+    monkeypatch.setattr(ktr, "format_reward", lambda *_: 0.0)
     seen = []
 
     def short(model, prompts, G, limit, seeds):
@@ -347,7 +348,7 @@ def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, w
 
 
 def test_a_checkpoint_without_a_gradient_is_told(checkpoint_folder, world, monkeypatch):
-    monkeypatch.setattr(gradients, "accuracy_reward", lambda *_: 0.0)
-    monkeypatch.setattr(gradients, "format_reward", lambda text: 0.0)
+    monkeypatch.setattr(ktr, "accuracy_reward", lambda *_: 0.0)
+    monkeypatch.setattr(ktr, "format_reward", lambda *_: 0.0)
     with pytest.raises(SystemExit, match="in all 1 groups the completions earn alike"):
         gradients.gradient_analysis(str(checkpoint_folder), str(world), questions=1, G=2)
