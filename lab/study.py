@@ -140,8 +140,8 @@ def plan(variants: dict[str, str], seeds: int, others: int) -> list[tuple[int, s
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """The plan, `a.jobs` at once. At `a.minutes` what still runs is ended, to be repeated. A failure
-    is raised once the others are done."""
+    """The plan, `a.jobs` at once. At `a.minutes` what still runs is ended, to be repeated. A
+    failure is raised once the others are done."""
     work = plan(variants, a.seeds, a.others)
     bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
     until = time.monotonic() + 60 * a.minutes if a.minutes else math.inf
@@ -216,8 +216,8 @@ def compare(runs: dict[str, dict[int, dict]], names: list[str], control: str,
     noise = statistics.median(statistics.stdev(values) for values in several)
     n, m = min(len(values) for values in several), len(names)
     alone, among = detectable(noise, n), detectable(noise, n, 0.05 / m)
-    return rows, (f"{measure}: median deviation of a pair {noise:.1f}; with {n} pairs and 80% power "
-                  f"finds {alone:.1f} points alone, {among:.1f} among {m}")
+    return rows, (f"{measure}: median deviation of a pair {noise:.1f}; found with {n} pairs and "
+                  f"80% power: {alone:.1f} points alone, {among:.1f} among {m}")
 
 
 def print_tables(runs: dict[str, dict[int, dict]], controls: list[str]) -> None:
