@@ -3,7 +3,7 @@
     python -m lab.study                         all variants; resumable; --jobs N --minutes M
     python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
     python -m lab.study --rule mine.py          a file's rule against its controls, with a page
-    python -m lab.study --table FILE            the tables of a study.json, nothing run
+    python -m lab.study --table FILE ..         the tables of study.json files, nothing run
     python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
 
 All variants share data, learning rate and steps. Differences are paired by seed: the same cold
@@ -128,7 +128,7 @@ def try_one_step(options: str, a: argparse.Namespace) -> None:
         raise SystemExit((done.stdout + done.stderr).strip().splitlines()[-1])
 
 
-def plan(variants: dict[str, str], seeds: int, others: int) -> list[tuple[int, str]]:
+def plan(variants: dict[str, str], seeds: int, others: int, first=0) -> list[tuple[int, str]]:
     """(seed, name) in an order that leaves whole seeds wherever it is cut: every rule of MAIN, or
     of yours, has `seeds` runs, each of the other rules `others`, spread evenly among them."""
     work = []
@@ -136,13 +136,13 @@ def plan(variants: dict[str, str], seeds: int, others: int) -> list[tuple[int, s
         count = others if name in VARIANTS and name not in MAIN else seeds
         work += [((seed + 1) / count, seed, name) for seed in range(count)]
     work.sort(key=lambda item: item[0])
-    return [(seed, name) for _, seed, name in work]
+    return [(first + seed, name) for _, seed, name in work]
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
     """The plan, `a.jobs` at once. At `a.minutes` what still runs is ended, to be repeated. A
     failure is raised once the others are done."""
-    work = plan(variants, a.seeds, a.others)
+    work = plan(variants, a.seeds, a.others, a.first)
     bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
     until = time.monotonic() + 60 * a.minutes if a.minutes else math.inf
 
@@ -188,7 +188,7 @@ def collect(variants: dict[str, str], a: argparse.Namespace) -> dict[str, dict[i
     found = {}
     for name in variants:
         runs = {}
-        for seed in range(max(a.seeds, a.others)):
+        for seed in range(a.first, a.first + max(a.seeds, a.others)):
             run = folder_of(a.out, name, seed)
             if (run / "after" / "scores.json").exists():
                 runs[seed] = outcome(run)
@@ -256,12 +256,15 @@ def draw(runs: dict[str, dict[int, dict]], out: Path) -> None:
     plot(drawn, ["accuracy"], out)
 
 
-def show(file: Path, controls: list[str]) -> None:
-    """The tables and curves of a study.json."""
-    saved = json.loads(file.read_text())["runs"]
-    runs = {name: {int(seed): run for seed, run in of.items()} for name, of in saved.items()}
+def show(files: list[Path], controls: list[str]) -> None:
+    """The tables and curves of study.json files, which hold different seeds; the curves go beside
+    the first."""
+    runs = {}
+    for file in files:
+        for name, of in json.loads(file.read_text())["runs"].items():
+            runs.setdefault(name, {}).update({int(seed): run for seed, run in of.items()})
     print_tables(runs, controls)
-    draw(runs, file.with_suffix(""))
+    draw(runs, files[0].with_suffix(""))
 
 
 def main() -> None:
@@ -273,6 +276,7 @@ def main() -> None:
     add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
     add("--seeds", type=int, default=5, help="of the main rules and of yours")
     add("--others", type=int, help="seeds of the other rules (default: as many)")
+    add("--first", type=int, default=0, help="the first seed")
     add("--steps", type=int, default=40)
     add("--max_new_tokens", type=int, default=64)
     add("--jobs", type=int, default=0, help="runs at once (default: one per core)")
@@ -281,11 +285,11 @@ def main() -> None:
     add("--model", default="cold_start")
     add("--out", default="runs/study")
     add("--controls", nargs="+", default=["GRPO", "random 45%"], help="rules to compare with")
-    add("--table", metavar="FILE", help="print the tables of this study.json instead")
+    add("--table", nargs="+", type=Path, help="print the tables of these study.json instead")
     add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
     if a.table:
-        return show(Path(a.table), a.controls)
+        return show(a.table, a.controls)
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
     a.others = a.seeds if a.others is None else a.others
@@ -311,7 +315,7 @@ def main() -> None:
         saved = {"options": vars(a), "variants": variants, "runs": collect(variants, a)}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(saved, default=str))
-    show(file, a.controls)
+    show([file], a.controls)
     if a.rule:
         page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
 
