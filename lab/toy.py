@@ -340,12 +340,9 @@ def main() -> None:
     if a.command == "make":
         make(a.folder, test=a.test, world=WORLDS[a.world])
     elif a.command == "cold_start":
-        cold_start = importlib.import_module("lab.cold_start")
-        if a.world == "toy":
-            cold_start.train(a.folder, family=a.family)
-        else:
-            cold_start.train(a.folder, 120, batch=32, lr=5e-4, world=WORLDS[a.world],
-                             start=a.model)
+        more = {} if a.world == "toy" else dict(steps=120, batch=32, lr=5e-4, start=a.model)
+        importlib.import_module("lab.cold_start").train(
+            a.folder, family=a.family, world=WORLDS[a.world], **more)
     elif a.command == "attribution":
         importlib.import_module("lab.attribution_table").attribution_table(a.model, a.data)
     else:
