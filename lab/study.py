@@ -3,7 +3,7 @@
     python -m lab.study                         all variants; resumable; --jobs N --minutes M
     python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
     python -m lab.study --rule mine.py          a file's rule against its controls, with a page
-    python -m lab.study --table FILE ..         the tables of study.json files, nothing run
+    python -m lab.study --table FILE            the tables of a study.json, nothing run
     python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
 
 All variants share data, learning rate and steps. Differences are paired by seed: the same cold
@@ -31,7 +31,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lab.gradients import gradient_analysis
-from lab.report import plot
 from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
 
@@ -128,21 +127,10 @@ def try_one_step(options: str, a: argparse.Namespace) -> None:
         raise SystemExit((done.stdout + done.stderr).strip().splitlines()[-1])
 
 
-def plan(variants: dict[str, str], seeds: int, others: int, first=0) -> list[tuple[int, str]]:
-    """(seed, name) in an order that leaves whole seeds wherever it is cut: every rule of MAIN, or
-    of yours, has `seeds` runs, each of the other rules `others`, spread evenly among them."""
-    work = []
-    for name in variants:
-        count = others if name in VARIANTS and name not in MAIN else seeds
-        work += [((seed + 1) / count, seed, name) for seed in range(count)]
-    work.sort(key=lambda item: item[0])
-    return [(first + seed, name) for _, seed, name in work]
-
-
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """The plan, `a.jobs` at once. At `a.minutes` what still runs is ended, to be repeated. A
-    failure is raised once the others are done."""
-    work = plan(variants, a.seeds, a.others, a.first)
+    """Seed by seed, so that a cut leaves whole ones, `a.jobs` runs at once. At `a.minutes` what
+    still runs is ended, to be repeated. A failure is raised once the others are done."""
+    work = [(seed, name) for seed in range(a.seeds) for name in variants]
     bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
     until = time.monotonic() + 60 * a.minutes if a.minutes else math.inf
 
@@ -183,21 +171,18 @@ def outcome(run: Path) -> dict:
     return {**found, "kinds": kinds, "curve": [round(value, 2) for value in curve]}
 
 
-def collect(variants: dict[str, str], a: argparse.Namespace) -> dict[str, dict[int, dict]]:
+def collect(variants: dict[str, str], a: argparse.Namespace) -> dict[str, dict[str, dict]]:
     """{name: {seed: outcome}} of the runs that are finished."""
-    found = {}
-    for name in variants:
-        runs = {}
-        for seed in range(a.first, a.first + max(a.seeds, a.others)):
+    found = {name: {} for name in variants}
+    for name, runs in found.items():
+        for seed in range(a.seeds):
             run = folder_of(a.out, name, seed)
             if (run / "after" / "scores.json").exists():
-                runs[seed] = outcome(run)
-        if runs:
-            found[name] = runs
-    return found
+                runs[str(seed)] = outcome(run)
+    return {name: runs for name, runs in found.items() if runs}
 
 
-def compare(runs: dict[str, dict[int, dict]], names: list[str], control: str,
+def compare(runs: dict[str, dict[str, dict]], names: list[str], control: str,
             measure: str) -> tuple[dict[str, dict], str]:
     """{name: mean, half (95%), p (Holm), pairs} of the differences from the control over the seeds
     that both have, and what the comparison could have found."""
@@ -220,7 +205,7 @@ def compare(runs: dict[str, dict[int, dict]], names: list[str], control: str,
                   f"80% power: {alone:.1f} points alone, {among:.1f} among {m}")
 
 
-def print_tables(runs: dict[str, dict[int, dict]], controls: list[str]) -> None:
+def print_tables(runs: dict[str, dict[str, dict]], controls: list[str]) -> None:
     """Means over seeds with 95% intervals, then the paired differences from each control; the main
     rules and yours are corrected apart from the others."""
     print(f"{'':22}seeds   accuracy        learning        reward  tokens     kl   grad  seconds")
@@ -245,28 +230,6 @@ def print_tables(runs: dict[str, dict[int, dict]], controls: list[str]) -> None:
     print("\n+-: 95% intervals over seeds. p: paired t, Holm's correction for the lines of a block")
 
 
-def draw(runs: dict[str, dict[int, dict]], out: Path) -> None:
-    """Accuracy in training as SVG and PNG: means over seeds, 95% intervals; needs matplotlib."""
-    drawn = []
-    for name, of in runs.items():
-        found = [interval(values) for values in zip(*(run["curve"] for run in of.values()))]
-        log = {"step": list(range(1, len(found) + 1)), "accuracy": [mean for mean, _ in found]}
-        band = [m - half for m, half in found], [m + half for m, half in found]
-        drawn.append({"name": name, "log": log, "smooth": log, "band": {"accuracy": band}})
-    plot(drawn, ["accuracy"], out)
-
-
-def show(files: list[Path], controls: list[str]) -> None:
-    """The tables and curves of study.json files, which hold different seeds; the curves go beside
-    the first."""
-    runs = {}
-    for file in files:
-        for name, of in json.loads(file.read_text())["runs"].items():
-            runs.setdefault(name, {}).update({int(seed): run for seed, run in of.items()})
-    print_tables(runs, controls)
-    draw(runs, files[0].with_suffix(""))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,9 +237,7 @@ def main() -> None:
     add("--only", nargs="+", choices=VARIANTS, help="not all of the rules")
     add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
     add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
-    add("--seeds", type=int, default=5, help="of the main rules and of yours")
-    add("--others", type=int, help="seeds of the other rules (default: as many)")
-    add("--first", type=int, default=0, help="the first seed")
+    add("--seeds", type=int, default=5, help="of each rule")
     add("--steps", type=int, default=40)
     add("--max_new_tokens", type=int, default=64)
     add("--jobs", type=int, default=0, help="runs at once (default: one per core)")
@@ -285,16 +246,15 @@ def main() -> None:
     add("--model", default="cold_start")
     add("--out", default="runs/study")
     add("--controls", nargs="+", default=["GRPO", "random 45%"], help="rules to compare with")
-    add("--table", nargs="+", type=Path, help="print the tables of these study.json instead")
+    add("--table", type=Path, help="print the tables of this study.json instead")
     add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
     if a.table:
-        return show(a.table, a.controls)
+        return print_tables(json.loads(a.table.read_text())["runs"], a.controls)
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
-    a.others = a.seeds if a.others is None else a.others
-    if min(a.seeds, a.others) < 1 or min(a.jobs, a.minutes) < 0:
-        parser.error("--seeds and --others take a number from 1 on, --jobs and --minutes from 0")
+    if a.seeds < 1 or min(a.jobs, a.minutes) < 0:
+        parser.error("--seeds takes a number from 1 on, --jobs and --minutes from 0")
 
     if not Path(a.world, "test.json").exists():
         make = [sys.executable, "-m", "lab.toy", "make", a.world, "--test", "1200"]
@@ -308,14 +268,14 @@ def main() -> None:
     if a.rule:
         variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
         try_one_step(variants[a.rule.stem], a)
-    file = Path(a.out, "study.json")
+    Path(a.out).mkdir(parents=True, exist_ok=True)
     try:
         run_all(variants, a)
     finally:                                            # what is finished is kept in any case
-        saved = {"options": vars(a), "variants": variants, "runs": collect(variants, a)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(saved, default=str))
-    show([file], a.controls)
+        runs = collect(variants, a)
+        saved = {"options": vars(a), "variants": variants, "runs": runs}
+        Path(a.out, "study.json").write_text(json.dumps(saved, default=str))
+    print_tables(runs, a.controls)
     if a.rule:
         page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
 

@@ -108,10 +108,10 @@ def test_the_paired_table_by_hand(tmp_path, capsys):
     for name, values in accuracies.items():
         for seed, value in enumerate(values):
             hand_made(tmp_path, name, seed, value)
-    a = Namespace(out=str(tmp_path), seeds=9, others=2, first=0)
+    a = Namespace(out=str(tmp_path), seeds=9)
     runs = study.collect(dict.fromkeys([*accuracies, "PAPO"], ""), a)
     assert {name: list(seeds) for name, seeds in runs.items()} == {
-        name: list(range(len(values))) for name, values in accuracies.items()}
+        name: [str(seed) for seed in range(len(values))] for name, values in accuracies.items()}
     study.print_tables(runs, ["GRPO", "random 45%"])
     printed = capsys.readouterr().out
 
@@ -144,20 +144,12 @@ def test_the_paired_table_by_hand(tmp_path, capsys):
 def test_one_seed_has_a_table_without_intervals(tmp_path, capsys):
     for name in ("GRPO", "visual"):
         hand_made(tmp_path, name, 0, 0.5)
-    a = Namespace(out=str(tmp_path), seeds=1, others=1, first=0)
+    a = Namespace(out=str(tmp_path), seeds=1)
     runs = study.collect({"GRPO": "", "visual": ""}, a)
     row = study.compare(runs, ["visual"], "GRPO", "accuracy")[0]["visual"]
     study.print_tables(runs, ["GRPO"])
     assert row["mean"] == 0 and math.isnan(row["half"]) and row["pairs"] == 1
     assert "power" not in capsys.readouterr().out
-
-
-def test_a_cut_leaves_whole_seeds():
-    """Rules outside the main comparison have fewer seeds, spread evenly."""
-    work = study.plan({"GRPO": "", "KTR 10%": "", "mine": ""}, seeds=4, others=2)
-    assert work == [(0, "GRPO"), (0, "mine"), (1, "GRPO"), (0, "KTR 10%"), (1, "mine"),
-                    (2, "GRPO"), (2, "mine"), (3, "GRPO"), (1, "KTR 10%"), (3, "mine")]
-    assert study.plan({"GRPO": ""}, seeds=2, others=1, first=7) == [(7, "GRPO"), (8, "GRPO")]
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -199,11 +191,6 @@ def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     run_study(monkeypatch, "--table", tmp_path / "study.json")
     assert capsys.readouterr().out == printed and "minus GRPO" in printed
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({"runs": {"GRPO": {"7": saved["runs"]["GRPO"]["0"]}}}))
-    run_study(monkeypatch, "--table", tmp_path / "study.json", other)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[:2] == ["GRPO", "3"] and lines[2].split()[:2] == ["mine", "2"]
     with pytest.raises(RuntimeError, match="seed-1 holds a run under other options"):
         run_study(monkeypatch, *command, "--steps", 3)
 
