@@ -61,18 +61,13 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
     data = Prompts(records[:questions], world, processor)
     prompts = [data[i] for i in range(len(data))]
     groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
-    rules = rules or {}
-    found, parts = [], {look: [] for look in (*LOOKS, *rules)}
+    looks = {look: Options(signals=[look.split(",")[0]], ratio=ratio, **changes)
+             for look, changes in LOOKS.items()} | (rules or {})
+    found, parts = [], {look: [] for look in looks}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
         with torch.no_grad():
             ((logp, entropy),) = score_groups(model, [prompt], [group])
-        for look, changes in LOOKS.items():
-            name = look.split(",")[0]
-            r = Rollout(prompt, group, seed=i)
-            r.logp, r.entropy = logp, entropy
-            attribute([r], Options(signals=[name], ratio=ratio, **changes), model)
-            parts[look].append(r.chosen[name][group.valid])
-        for look, o in rules.items():
+        for look, o in looks.items():
             r = Rollout(prompt, group, seed=i)
             r.logp, r.entropy = logp, entropy
             attribute([r], o, model)

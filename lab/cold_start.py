@@ -5,6 +5,8 @@ one (toy.SLIPS). The loss is the mean of -log pi(y_t | v, q, y_<t) over all toke
 
     python -m lab.toy cold_start DIR        25 minutes on two cores; makes what cold_start/ holds
     python -m lab.toy cold_start DIR --family qwen3         a Qwen3-VL in place of a Qwen2.5-VL
+    python -m lab.toy cold_start DIR --world order          another world's, from the shipped one,
+                                                            which imitates its careless teacher
 """
 
 import math
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from engine.families import family_of
 from engine.prepare import prepare
 from lab import toy
-from policy import Group, score_groups
+from policy import Group, load, score_groups
 from prompt import Processor, Vision
 
 HALF = (0.5, 0.5, 0.5)
@@ -44,23 +46,24 @@ def said_by(teacher: str, tokenizer, device: str) -> Group:
 
 
 def train(folder: Path, steps: int = 3000, batch: int = 64, lr=1e-3, seed: int = 0,
-          family: str = "qwen2.5") -> None:
-    """Train a fresh tiny model and write a checkpoint into the folder."""
+          family: str = "qwen2.5", world: toy.World = toy.TOY, start: str = "") -> None:
+    """Train a fresh tiny model, or the careless stage of `start`; write it into the folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model, processor = new_model(device, family)
+    model, processor = load(start, device) if start else new_model(device, family)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = tqdm(range(steps), desc="cold start", unit="step")
+    warmup = max(1, steps // 10) if start else 200
     for step in bar:
-        # 200 steps of linear warm-up times a cosine down to a fiftieth of the peak
+        # a linear warm-up times a cosine down to a fiftieth of the peak
         cosine = (1 + math.cos(math.pi * (step / steps))) / 2
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 200) * (0.02 + 0.98 * cosine)
-        careless = step >= 2 * steps // 3
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / warmup) * (0.02 + 0.98 * cosine)
+        careless = bool(start) or step >= 2 * steps // 3
         prompts, groups = [], []
         for _ in range(batch):
-            prompt, teacher = toy.example_prompt(rng, processor, careless)
+            prompt, teacher = toy.example_prompt(rng, processor, careless, world)
             prompts.append(prompt)
             groups.append(said_by(teacher, processor.tokenizer, device))
         scored = score_groups(model, prompts, groups)

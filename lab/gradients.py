@@ -18,23 +18,13 @@ from torch import Tensor, nn
 from attribution import Rollout, attribute
 from data import Prompts, read_records
 from grpo import group_advantages
+from ktr import judge
 from lab.attribution_table import heavier
-from policy import Group, load, sample, score_groups
-from prompt import Processor, Prompt
-from rewards import accuracy_reward, format_reward
+from policy import load, sample, score_groups
 from run.options import Options
 
-RULES = {"Video-KTR": Options(), "random 45%": Options(signals=["random"], ratio=0.45)}
-
-
-def advantages_of(prompt: Prompt, group: Group, processor: Processor) -> Tensor:
-    """(G,) from accuracy and format."""
-    record, rewards = prompt.record, []
-    for ids, n in zip(group.ids, group.lengths):
-        text = processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
-        accuracy = accuracy_reward(text, record["solution"], record["problem_type"])
-        rewards.append(accuracy + format_reward(text))
-    return group_advantages(torch.tensor(rewards))
+RULES = {"Video-KTR": Options(), "visual+temporal": Options(signals=["visual", "temporal"]),
+         "random 45%": Options(signals=["random"], ratio=0.45)}
 
 
 def gradient_of(losses: Tensor, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -48,7 +38,7 @@ def gradient_of(losses: Tensor, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int = 8,
-                      rules: dict[str, Options] = RULES) -> dict:
+                      rules: dict[str, Options] = RULES, longest: int = 64) -> dict:
     """Print and return {"gradients": {rule: means over groups}, "loss variance": {rule: ..}}, on
     clips of the world's train.json. A rule's key tokens are those that `heavier` takes. SystemExit
     if no group has unequal rewards."""
@@ -57,11 +47,12 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     clips = [record for record in records if record["data_type"] == "video"][:questions]
     data = Prompts(clips, world, processor)
     prompts = [data[i] for i in range(len(data))]
-    groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
+    groups = sample(model, prompts, G, longest, seeds=range(len(prompts)))
     rows = {rule: [] for rule in rules}
     losses = {rule: [] for rule in ("GRPO", *rules)}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
-        advantages = advantages_of(prompt, group, processor)
+        accuracy, form = judge(Options(), processor, group, prompt.record)
+        advantages = group_advantages(accuracy + form)
         if not advantages.any():
             continue
         ((logp, entropy),) = score_groups(model, [prompt], [group])
@@ -90,7 +81,7 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     variance = {rule: statistics.variance(values) for rule, values in losses.items()}
     print(f"last layer's gradient, mean over {len(found)} groups with unequal rewards")
     for rule, row in table.items():
-        print(f"{rule:12} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
+        print(f"{rule:16} norm: key tokens {row['key']:.4f}, others {row['other']:.4f}; "
               f"cosine with the whole: {row['cosine key']:.3f}, {row['cosine other']:.3f}")
     variances = [f"{rule} {value:.3f}" for rule, value in variance.items()]
     print(f"variance of the loss: {', '.join(variances)}")

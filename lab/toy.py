@@ -10,9 +10,13 @@ A careless teacher misnames each attribute at a rate of its own (SLIPS) and answ
 The cold start imitates it: where a slip is likelier than the truth, greedy decoding is wrong
 although the right word has probability left, and reinforcement learning has to find it.
 
-    python -m lab.toy make DIR                  write clips, images, train.json, test.json
+Besides `toy`, the world of the shipped cold start, there are others (WORLDS): in `order` every
+question turns on the frames' order, in `long` most words are fillers chosen by chance.
+
+    python -m lab.toy make DIR [--world order]  write clips, images, train.json, test.json
     python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py);
-                                                --family qwen2, qwen3: another family's
+                                                --family qwen2, qwen3: another family's;
+                                                --world order: from the shipped one, in minutes
     python -m lab.toy attribution --model DIR   what signals select (attribution_table.py)
     python -m lab.toy table RUN                 accuracy before and after
 """
@@ -21,6 +25,7 @@ import argparse
 import importlib
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +60,22 @@ NOTICES = ("i see", "there is", "i notice")
 CLOSINGS = ("so", "thus", "hence", "therefore")
 KINDS = ("colour", "motion", "order", "count")
 OPTIONS = {"colour": list(COLOURS), "motion": list(WAYS), "order": list(SHAPES), "count": []}
+CHATTER = ("let", "me", "think", "hmm", "see", "ok", "watch", "closely", "wait", "look", "again",
+           "this", "is", "short", "clip")
+
+
+@dataclass(frozen=True)
+class World:
+    """What is asked, and how the careless teacher speaks."""
+    kinds: tuple[str, ...] = KINDS
+    images: float = 1 / 8               # share of the questions that are about a still image
+    order_slip: float | None = None     # how often "first .." is wrong; None: SLIPS of the shape
+    chatter: int = 0                    # at most as many words by chance in place of an opening
+
+
+WORLDS = {"toy": World(), "order": World(("order", "motion"), images=0, order_slip=0.4),
+          "long": World(chatter=90)}
+TOY = WORLDS["toy"]
 
 
 # ------------------------------------------------------------------------------------------- clips
@@ -143,10 +164,13 @@ def new_question(rng: random.Random, scene: dict, kind: str) -> dict:
             "data_source": "image" if still else kind, "truth": truth}
 
 
-def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True) -> str:
+def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True,
+          world: World = TOY) -> str:
     """What the teacher of the cold start says. A careless one slips, and answers what it said."""
     def say(truth: str, other: str = "") -> str:
         slip, rate = SLIPS[truth]
+        if other and world.order_slip is not None:
+            rate = world.order_slip
         slips = careless and rng.random() < rate
         return (other or slip) if slips else truth
 
@@ -157,6 +181,9 @@ def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True) 
         moving = f" {way}" if video else ""
         parts.append(f"{rng.choice(NOTICES)} a {colour} {thing['shape']}{moving}")
     opening, joint = rng.choice(OPENINGS), rng.choice(("and", "also"))
+    if world.chatter:
+        count = rng.randint(world.chatter * 2 // 3, world.chatter)
+        opening = " ".join(rng.choices(CHATTER, k=count)) + " ."
     text = f"{opening} " + f" {joint} ".join(parts) + " ."
     if video:
         first, second = (thing["shape"] for thing in by_time(scene))
@@ -178,23 +205,24 @@ def teach(rng: random.Random, scene: dict, record: dict, careless: bool = True) 
     return f"<think> {text} {closing} </think> <answer> {answer} </answer>"
 
 
-def new_example(rng: random.Random) -> tuple[dict, dict]:
-    """A scene and a question about it; one in eight is about a still image."""
-    if rng.random() < 1 / 8:
+def new_example(rng: random.Random, world: World = TOY) -> tuple[dict, dict]:
+    """A scene and a question about it."""
+    if rng.random() < world.images:
         scene = new_scene(rng, "image")
         return scene, new_question(rng, scene, "colour")
     scene = new_scene(rng, "video")
-    return scene, new_question(rng, scene, rng.choice(KINDS))
+    return scene, new_question(rng, scene, rng.choice(world.kinds))
 
 
-def make(folder: Path, train: int = 1600, test: int = 600, seed: int = 0) -> None:
+def make(folder: Path, train: int = 1600, test: int = 600, seed: int = 0,
+         world: World = TOY) -> None:
     """Write the world: one clip per question and record, train and test from different scenes."""
     for split, count in (("train", train), ("test", test)):
         rng = random.Random(f"{seed} {split}")
         (folder / split).mkdir(parents=True, exist_ok=True)
         records = []
         for i in tqdm(range(count), desc=f"toy world: {split}", unit="clip"):
-            scene, record = new_example(rng)
+            scene, record = new_example(rng, world)
             frames, path = render(scene), folder / split / f"{i:05d}.y4m"
             if record["data_type"] == "video":
                 write_y4m(path, frames)
@@ -271,13 +299,14 @@ def new_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5") -> P
                                sections, theta=10000.0, tied=family == "qwen3")
 
 
-def example_prompt(rng: random.Random, processor: Processor, careless=True) -> tuple[Prompt, str]:
+def example_prompt(rng: random.Random, processor: Processor, careless: bool = True,
+                   world: World = TOY) -> tuple[Prompt, str]:
     """A fresh prompt and what the teacher says, without a file in between."""
-    scene, record = new_example(rng)
+    scene, record = new_example(rng, world)
     vision = processor.vision
     frames = fit(render(scene), (2 * vision.patch * vision.merge) ** 2, vision)
     prompt = processor.prompt(record, frames, 1 / FPS)
-    return prompt, teach(rng, scene, record, careless)
+    return prompt, teach(rng, scene, record, careless, world)
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -304,12 +333,16 @@ def main() -> None:
     add("--model", default="cold_start")
     add("--data", type=Path, default=world)
     add("--family", choices=TINY, default="qwen2.5", help="of `cold_start`")
+    add("--world", choices=WORLDS, default="toy", help="of `make` and `cold_start`")
+    add("--test", type=int, default=600, help="questions of the test that `make` writes")
     a = parser.parse_args()
     # the two that build on this module are imported by name, so that it does not depend on them
     if a.command == "make":
-        make(a.folder)
+        make(a.folder, test=a.test, world=WORLDS[a.world])
     elif a.command == "cold_start":
-        importlib.import_module("lab.cold_start").train(a.folder, family=a.family)
+        more = {} if a.world == "toy" else dict(steps=120, batch=32, lr=5e-4, start=a.model)
+        importlib.import_module("lab.cold_start").train(
+            a.folder, family=a.family, world=WORLDS[a.world], **more)
     elif a.command == "attribution":
         importlib.import_module("lab.attribution_table").attribution_table(a.model, a.data)
     else:

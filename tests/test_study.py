@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import plain_logp
 
+import ktr
 from lab import gradients, stats, study
 from lab.stats import detectable, holm, interval, p_value, quantile
-from lab.study import make_table, outcome
+from lab.study import outcome
 from policy import sample
 from run.options import parse
 
@@ -27,7 +28,8 @@ def hand_made(out, name, seed, accuracy, rewards=REWARDS):
     rows = [{"step": i + 1, "reward": r, "accuracy": i / 10, "kl": 0.01 * i, "grad_norm": 1.0 * i,
              "key_share": 0.45, "seconds": SECONDS} for i, r in enumerate(rewards)]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scores = {"scores": {"all": {"strict": accuracy, "n": 100}}}
+    both = {"strict": accuracy, "n": 100}
+    scores = {"scores": {"all": both, "kind: order": both}}
     (run / "after" / "scores.json").write_text(json.dumps(scores))
     return run
 
@@ -89,52 +91,64 @@ def test_the_detectable_difference_is_detected_as_often_as_it_says():
 # ------------------------------------------------------------------------------------------- table
 def test_outcome_by_hand(tmp_path):
     got = outcome(hand_made(tmp_path, "GRPO", 0, 0.62))     # late: the last fifth, two of ten steps
+    assert got.pop("kinds") == {"order": 62} and got.pop("curve") == list(range(0, 100, 10))
     assert got == pytest.approx({"accuracy": 62, "reward": 1.5, "learning": 45, "kl": 0.085,
                                  "grad": 8.5, "share": 45, "seconds": 10 * SECONDS})
-    short = hand_made(tmp_path, "GRPO", 1, 0.62, rewards=(0.0, 3.0))
-    assert outcome(short)["reward"] == 3                # of fewer than five steps, the last
+    short = outcome(hand_made(tmp_path, "GRPO", 1, 0.62, rewards=(0.0, 3.0)))
+    assert short["reward"] == 3                         # of fewer than five steps, the last
+    assert short["curve"] == [0, 10]
 
 
 def test_the_paired_table_by_hand(tmp_path, capsys):
-    """Differences are taken seed by seed: their interval is far narrower than the accuracies'."""
-    accuracies = {"GRPO": (0.50, 0.60, 0.70), "random 45%": (0.50, 0.62, 0.73),
-                  "KTR /selected": (0.54, 0.65, 0.73)}
+    """Differences are taken seed by seed: their interval is far narrower than the accuracies'. A
+    seed that the control has not, or the rule, makes no pair. Rules of the main comparison and the
+    others are corrected apart."""
+    accuracies = {"GRPO": (0.50, 0.60, 0.70, 0.99), "visual": (0.54, 0.65, 0.73),
+                  "VPPO": (0.50, 0.62, 0.73), "KTR 10%": (0.50, 0.62, 0.73)}
     for name, values in accuracies.items():
         for seed, value in enumerate(values):
             hand_made(tmp_path, name, seed, value)
-    table = make_table(dict.fromkeys(accuracies, ""), Namespace(out=str(tmp_path), seeds=3))
+    a = Namespace(out=str(tmp_path), seeds=9)
+    runs = study.collect(dict.fromkeys([*accuracies, "PAPO"], ""), a)
+    assert {name: list(seeds) for name, seeds in runs.items()} == {
+        name: [str(seed) for seed in range(len(values))] for name, values in accuracies.items()}
+    study.print_tables(runs, ["GRPO", "random 45%"])
+    printed = capsys.readouterr().out
 
     def expected(mean, variance):
         return pytest.approx((mean, 4.3027 * math.sqrt(variance / 3)), rel=1e-4)
-    mine, chance = table["KTR /selected"], table["random 45%"]
-    assert table["GRPO"]["accuracy"] == expected(60, 100)
-    assert mine["minus GRPO"] == expected(4, 1)                     # 4, 5, 3
-    assert mine["minus random 45%"] == expected(7 / 3, 13 / 3)      # 4, 3, 0
-    assert chance["minus GRPO"] == expected(5 / 3, 7 / 3)           # 0, 2, 3
-    assert "minus GRPO" not in table["GRPO"]
-    # with two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t^2); two rules meet GRPO
+    assert f"64.0 +- {4.3027 * math.sqrt(91 / 3):.1f}" in printed
+    assert "minus GRPO" in printed and "minus random 45%" not in printed
+    found, note = study.compare(runs, ["visual", "VPPO"], "GRPO", "accuracy")
+    mine, other = found["visual"], found["VPPO"]
+    assert (mine["mean"], mine["half"]) == expected(4, 1)           # 4, 5, 3
+    assert (other["mean"], other["half"]) == expected(5 / 3, 7 / 3)         # 0, 2, 3
+    assert mine["pairs"] == 3
+    # with two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t^2); two main rules meet GRPO
     t = [4 * math.sqrt(3), 5 / 3 / math.sqrt(7 / 9)]
     p = [1 - x / math.sqrt(2 + x * x) for x in t]
-    assert mine["p minus GRPO"] == pytest.approx(2 * p[0])
-    assert chance["p minus GRPO"] == pytest.approx(p[1])
-    assert chance["p learning minus GRPO"] == 1
-
-    printed = capsys.readouterr().out
-    line = next(x for x in printed.splitlines() if x.startswith("KTR /selected"))
-    wanted = ["64.0", "+-", "23.7", "+4.0", "+-", "2.5", "p", f"{2 * p[0]:.3f}"]
-    assert line.split()[2:10] == wanted
+    assert mine["p"] == pytest.approx(2 * p[0]) and other["p"] == pytest.approx(p[1])
+    same, _ = study.compare(runs, ["visual", "VPPO"], "GRPO", "learning")
+    assert same["VPPO"]["p"] == 1
+    (apart,) = [x for x in printed.splitlines() if x.startswith("KTR 10%") and " p " in x]
+    assert apart.split()[5:8] == ["3.8", "p", f"{p[1]:.3f}"]
+    line = [x for x in printed.splitlines() if x.startswith("visual")][1]
+    assert line.split()[:8] == ["visual", "3", "+4.0", "+-", "2.5", "p", f"{2 * p[0]:.3f}", "+0.0"]
     # median deviation of the two differences from GRPO: of sqrt 7/3 and 1
     noise = (math.sqrt(7 / 3) + 1) / 2
     alone, among = detectable(noise, 3), detectable(noise, 3, 0.025)
-    assert f"minus GRPO: {alone:.1f} points alone, {among:.1f} among 2" in printed
+    assert f"{alone:.1f} points alone, {among:.1f} among 2" in note and note in printed
     assert "Holm" in printed
 
 
 def test_one_seed_has_a_table_without_intervals(tmp_path, capsys):
     for name in ("GRPO", "visual"):
         hand_made(tmp_path, name, 0, 0.5)
-    table = make_table({"GRPO": "", "visual": ""}, Namespace(out=str(tmp_path), seeds=1))
-    assert table["visual"]["minus GRPO"][0] == 0 and math.isnan(table["visual"]["minus GRPO"][1])
+    a = Namespace(out=str(tmp_path), seeds=1)
+    runs = study.collect({"GRPO": "", "visual": ""}, a)
+    row = study.compare(runs, ["visual"], "GRPO", "accuracy")[0]["visual"]
+    study.print_tables(runs, ["GRPO"])
+    assert row["mean"] == 0 and math.isnan(row["half"]) and row["pairs"] == 1
     assert "power" not in capsys.readouterr().out
 
 
@@ -144,13 +158,14 @@ def run_study(monkeypatch, *arguments):
     return study.main()
 
 
-def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch):
+def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch, capsys):
     """Your own rule is trained and tested; what was there is left alone; a rerun does nothing."""
-    options = "--signals random --ratio 0.3 --G 4 --max_new_tokens 8"
+    options = "--signals random --ratio 0.3 --G 4"
     for seed in range(2):
         hand_made(tmp_path, "GRPO", seed, 0.25, rewards=(0.0, 1.0))
     hand_made(tmp_path, "mine", 0, 0.5, rewards=(0.0, 1.0))
     command = ["--only", "GRPO", "--add", f"mine={options}", "--seeds", 2, "--steps", 2,
+               "--max_new_tokens", 8,
                "--world", world, "--model", checkpoint_folder, "--out", tmp_path]
     kept = [tmp_path / "GRPO" / "seed-0" / "log.jsonl", tmp_path / "mine" / "seed-0" / "log.jsonl"]
     times = [path.stat().st_mtime_ns for path in kept]
@@ -158,21 +173,24 @@ def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch)
     run = tmp_path / "mine" / "seed-1"
     found = json.loads((run / "options.json").read_text())
     names = ("signals", "ratio", "seed", "lr", "max_steps")
-    assert [found[name] for name in names] == [["random"], 0.3, 1, 1e-4, 2]
+    assert [found[name] for name in names] == [["random"], 0.3, 1, 7e-5, 2]
     log = study.read_log(run)
     assert [row["step"] for row in log] == [1, 2]
-    assert all(row["prompts"] == 4 and 0.3 <= row["key_share"] < 0.36 for row in log)
+    assert all(row["prompts"] == 8 and 0.3 <= row["key_share"] < 0.36 for row in log)
     assert json.loads((run / "after" / "scores.json").read_text())["scores"]["all"]["n"] == 24
-    saved = json.loads((tmp_path / "table.json").read_text())
-    assert set(saved["table"]) == {"GRPO", "mine"} and saved["variants"]["mine"] == options
-    assert saved["table"]["GRPO"]["accuracy"] == [25.0, 0.0]
-    differences = [25.0, outcome(run)["accuracy"] - 25]
-    assert saved["table"]["mine"]["minus GRPO"] == pytest.approx(interval(differences))
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert set(saved["runs"]) == {"GRPO", "mine"} and saved["variants"]["mine"] == options
+    assert saved["runs"]["mine"]["1"] == outcome(run)
+    assert saved["runs"]["GRPO"]["1"]["accuracy"] == 25
     assert [path.stat().st_mtime_ns for path in kept] == times
 
     monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: pytest.fail(f"started: {a}"))
+    capsys.readouterr()
     run_study(monkeypatch, *command)
-    assert json.loads((tmp_path / "table.json").read_text())["table"] == saved["table"]
+    assert json.loads((tmp_path / "study.json").read_text())["runs"] == saved["runs"]
+    printed = capsys.readouterr().out
+    run_study(monkeypatch, "--table", tmp_path / "study.json")
+    assert capsys.readouterr().out == printed and "minus GRPO" in printed
     with pytest.raises(RuntimeError, match="seed-1 holds a run under other options"):
         run_study(monkeypatch, *command, "--steps", 3)
 
@@ -196,7 +214,7 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     """Once it is trained (see below): tabled, its tokens looked at."""
     monkeypatch.setattr(study, "page", partial(study.page, questions=2))
     monkeypatch.setattr(study, "try_one_step", lambda *_: None)
-    monkeypatch.setattr(gradients, "accuracy_reward", lambda text, *_: float(len(text) % 3))
+    monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
     hand_made(tmp_path, "GRPO", 0, 0.25, rewards=(0.0, 1.0))
     trained = hand_made(tmp_path, "late", 0, 0.5, rewards=(0.0, 1.0))
     (trained / "final").symlink_to(checkpoint_folder)
@@ -208,8 +226,9 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     printed = capsys.readouterr().out
     assert "passes a step, the reference's apart: 1 sampling, 1 with gradient" in printed
     lines = [line for line in printed.splitlines() if line.startswith("late ")]
-    table, words, gradient = lines
-    assert "p" in table.split() and "%" in words and "norm: key tokens" in gradient
+    measures, table, words, gradient = lines
+    assert "45%" in measures and "p" in table.split()
+    assert "%" in words and "norm: key tokens" in gradient
     run = tmp_path / "late" / "seed-0"
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for completion in (c for row in rows for c in row["completions"]):
@@ -223,14 +242,14 @@ def test_a_rule_that_has_changed_is_not_taken_for_the_old_one(tmp_path, monkeypa
     monkeypatch.setattr(study.subprocess, "run", lambda command, **_: started.append(command) or
                         Namespace(returncode=0))
     file = tmp_path / "late.py"
-    a = Namespace(out=str(tmp_path), model="m", world="w", steps=2)
+    a = Namespace(out=str(tmp_path), model="m", world="w", steps=2, max_new_tokens=8)
     for text in (RULE, RULE, RULE + "# another"):
         file.write_text(text)
         if text != RULE:
             with pytest.raises(RuntimeError, match="another text of its rule"):
-                study.train_and_test("late", 0, f"--rule {file}", a, "")
+                study.train_and_test("late", 0, f"--rule {file}", a)
         else:
-            study.train_and_test("late", 0, f"--rule {file}", a, "")
+            study.train_and_test("late", 0, f"--rule {file}", a)
     assert len(started) == 4 and str(file) in started[0]
 
 
@@ -256,10 +275,26 @@ def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatc
                   "--world", world, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [["--only", "GRPOO"], ["--add", "mine"], ["--seeds", "0"]])
+@pytest.mark.parametrize("wrong", [["--only", "GRPOO"], ["--add", "mine"], ["--seeds", "0"],
+                                   ["--minutes", "-1"]])
 def test_wrong_options_are_refused(wrong, monkeypatch):
     with pytest.raises(SystemExit):
         run_study(monkeypatch, *wrong)
+
+
+def test_a_run_that_the_time_ends_leaves_no_score(tmp_path, monkeypatch, world):
+    """It is repeated by the next call; after the limit nothing is begun."""
+    seen = []
+
+    def endless(command, timeout, **_):
+        seen.append(timeout)
+        raise study.subprocess.TimeoutExpired(command, timeout)
+    monkeypatch.setattr(study.subprocess, "run", endless)
+    hand_made(tmp_path, "GRPO", 0, 0.5)
+    command = ["--only", "GRPO", "--seeds", 2, "--world", world, "--out", tmp_path, "--jobs", 1]
+    run_study(monkeypatch, *command, "--minutes", 0.5)
+    assert len(seen) == 1 and 0 < seen[0] <= 30
+    assert list(json.loads((tmp_path / "study.json").read_text())["runs"]["GRPO"]) == ["0"]
 
 
 def test_every_variant_is_a_valid_command_line():
@@ -273,8 +308,8 @@ def test_every_variant_is_a_valid_command_line():
 def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, world, monkeypatch):
     """One question: |key| cos(key) + |other| cos(other) is the norm of the whole gradient, which
     the plain model gives too."""
-    monkeypatch.setattr(gradients, "accuracy_reward", lambda text, *_: float(len(text) % 3))
-    monkeypatch.setattr(gradients, "format_reward", lambda text: 0.0)
+    monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
+    monkeypatch.setattr(ktr, "format_reward", lambda *_: 0.0)
     seen = []
 
     def short(model, prompts, G, limit, seeds):
@@ -306,7 +341,7 @@ def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, w
 
 
 def test_a_checkpoint_without_a_gradient_is_told(checkpoint_folder, world, monkeypatch):
-    monkeypatch.setattr(gradients, "accuracy_reward", lambda *_: 0.0)
-    monkeypatch.setattr(gradients, "format_reward", lambda text: 0.0)
+    monkeypatch.setattr(ktr, "accuracy_reward", lambda *_: 0.0)
+    monkeypatch.setattr(ktr, "format_reward", lambda *_: 0.0)
     with pytest.raises(SystemExit, match="in all 1 groups the completions earn alike"):
         gradients.gradient_analysis(str(checkpoint_folder), str(world), questions=1, G=2)

@@ -81,6 +81,35 @@ def test_a_careless_teacher_slips_as_often_as_the_table_says():
         assert right[truth] / n == expected, truth
 
 
+def test_in_the_world_of_order_every_answer_turns_on_it():
+    """Only of order and motion is asked, and the careless teacher's "first" is right more often
+    than not of every pair of shapes, whichever comes first; the toy's is not."""
+    rng, world, right = random.Random(8), toy.WORLDS["order"], {}
+    for _ in range(4000):
+        scene, record = toy.new_example(rng, world)
+        assert record["data_source"] in ("order", "motion") and len(scene["things"]) == 2
+        if record["data_source"] == "order":
+            pair = tuple(thing["shape"] for thing in scene["things"])
+            said = toy.teach(rng, scene, record, world=world)
+            right.setdefault((pair, record["truth"]), []).append(reward_of(said, record))
+    assert len(right) == 12
+    for answers in right.values():
+        assert sum(answers) / len(answers) == pytest.approx(0.6, abs=0.15)
+
+
+def test_in_the_long_world_most_words_are_chance():
+    rng, world, shares = random.Random(9), toy.WORLDS["long"], []
+    tokenizer = toy.new_tokenizer()
+    for _ in range(50):
+        scene, record = toy.new_example(rng, world)
+        said = toy.teach(rng, scene, record, careless=False, world=world)
+        assert reward_of(said, record) == 1.0 and format_reward(said) == 1.0
+        words = said.split()
+        shares.append(sum(word in toy.CHATTER for word in words) / len(words))
+        assert tokenizer.unk_token_id not in tokenizer(said).input_ids
+    assert 0.6 < sum(shares) / 50 < 0.8
+
+
 def test_the_answer_follows_what_was_named():
     rng = random.Random(3)
     for _ in range(200):
@@ -173,6 +202,9 @@ def test_training_the_cold_start_a_little(tmp_path, shipped):
             found = policy.score_groups(model, prompts, groups)
         scores.append(torch.cat([logp[0] for logp, _ in found]).mean().item())
     assert scores[1] > scores[0] + 0.5
+    before = (tmp_path / "model.safetensors").read_bytes()
+    cold_start.train(tmp_path / "more", steps=1, batch=2, start=str(tmp_path))      # at rate 0
+    assert (tmp_path / "more" / "model.safetensors").read_bytes() == before
     assert sum(p.numel() for p in model.parameters()) < 1.3e6
     assert processor.tokenizer.eos_token == "<|im_end|>"
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
