@@ -307,9 +307,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--benchmark", choices=BENCHMARKS, help="whose words, splits, published figures")
     add("--protocol", choices=PROTOCOLS, help="how to measure (default: video-ktr)")
     add("--direct", dest="protocol", action="store_const", const="direct")
-    add("--frames", type=int, help="of a clip at most (default of these four: the protocol's)")
+    add("--frames", type=int, help="of a clip at most (default of these seven: the protocol's)")
+    add("--fps", type=float, help="frames of a second at most")
     add("--max_pixels", type=int, help="of a frame at most")
     add("--max_new_tokens", type=int, help="of an answer at most")
+    add("--temperature", type=float, help="of sampling; 0: the likeliest answer")
+    add("--top_p", type=float, help="nucleus of sampling")
     add("--seconds", choices=["one", "true"], help="between temporal patches: docs/tokens.md")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--batch", type=int, default=32, help="questions decoded together")
@@ -320,7 +323,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--question")
     a = parser.parse_args(arguments)
     if a.rescore or a.compare:
-        for name in ("protocol", "frames", "max_pixels", "max_new_tokens", "seconds"):
+        for name in ("protocol", *PROTOCOLS["video-ktr"]["options"]):
             if getattr(a, name) is not None:
                 parser.error(f"--{name} is what the file says")
         return a
@@ -329,10 +332,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--model is needed, and --data and --benchmark, or --video and --question")
     a.protocol = a.protocol or "video-ktr"
     for name, value in PROTOCOLS[a.protocol]["options"].items():
-        if getattr(a, name, None) is None:
+        if getattr(a, name) is None:
             setattr(a, name, value)
     if min(a.frames / 2, a.max_pixels, a.max_new_tokens, a.batch, a.workers + 1) < 1:
         parser.error("at least 2 frames, 1 pixel, 1 new token, 1 question together, 0 workers")
+    if a.fps <= 0 or a.temperature < 0 or not 0 < a.top_p <= 1:
+        parser.error("fps above 0, temperature 0 or more, top_p above 0 and at most 1")
     return a
 
 

@@ -243,7 +243,8 @@ def test_a_protocol_sets_defaults_and_an_option_wins():
     (["--rescore", "f", "--frames", "32"], "is what the file says"),
     (["--frames", "0"], "at least 2 frames"), (["--max_new_tokens", "0"], "1 new token"),
     (["--seconds", "two"], "invalid choice"), (["--protocol", "mine"], "invalid choice"),
-    (["--frame", "8"], "unrecognized"), (["--temperature", "1"], "unrecognized"),
+    (["--frame", "8"], "unrecognized"), (["--fps", "0"], "fps above 0"),
+    (["--temperature", "-1"], "temperature 0 or more"), (["--top_p", "0"], "top_p above 0"),
     (["--data", ""], "--data and --benchmark"), (["--video", "v"], "--video and --question"),
 ])
 def test_options_that_cannot_be_meant(more, message, capsys):
