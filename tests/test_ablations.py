@@ -70,7 +70,7 @@ def test_distances_equal_torchs_own_on_many_words():
         assert torch.allclose(DISTANCES[kind](p, q), values, atol=1e-6), kind
 
 
-@pytest.mark.parametrize("kind", set(DISTANCES) - {"logp"})
+@pytest.mark.parametrize("kind", sorted(set(DISTANCES) - {"logp"}))
 def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
     torch.manual_seed(0)
     states, other, head = torch.randn(10, 4), torch.randn(10, 4), torch.randn(7, 4)
