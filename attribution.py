@@ -74,9 +74,12 @@ def visual(r: Rollout, o: Options) -> Prompt:
 
 def temporal(r: Rollout, o: Options) -> Prompt | None:
     """The prompt with its frames in another order: what depends on that moves (eq. 3)."""
-    if r.prompt.kind == "image" or len(r.prompt.frames) < 2:
+    timed = o.times == "moved" and r.prompt.vision.timestamps       # pairs of frames share a time
+    n = r.prompt.grid[0] if timed else len(r.prompt.frames)
+    if r.prompt.kind == "image" or n < 2:
         return None
-    return r.prompt.reordered(ORDERS[o.order](len(r.prompt.frames), r.generator))
+    order = ORDERS[o.order](n, r.generator)
+    return r.prompt.rearranged(order) if timed else r.prompt.reordered(order)
 
 
 def entropy(r: Rollout, o: Options) -> Tensor:

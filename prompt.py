@@ -200,6 +200,22 @@ class Prompt:
         """With its frames in another order (n,)."""
         return self.showing(self.frames[order])
 
+    def rearranged(self, order: Tensor) -> "Prompt":
+        """With its temporal patches in another order (t,), each still after its own time in words:
+        for families whose prompts say the times."""
+        ends = (self.visual[:-1] & ~self.visual[1:]).nonzero()[:, 0] + 2    # after each vision end
+        opening = self.ids[ends[0]]                     # of "<1.5 seconds>", as of the first time
+        first = (self.ids[:ends[0]] == opening).nonzero()[-1]
+        before, *blocks, after = torch.arange(len(self.ids)).tensor_split(torch.cat([first, ends]))
+        index = torch.cat([before, *(blocks[i] for i in order), after])
+        visual, v = self.visual[index], self.vision
+        positions = rope_positions(visual, self.grid, v.merge, ticks=1)
+        short = -len(self.frames) % v.temporal          # as in `patches`
+        frames = torch.cat([self.frames, self.frames[-1:].expand(short, -1, -1, -1)])
+        frames = frames.unflatten(0, (-1, v.temporal))[order].flatten(0, 1)
+        return replace(self, ids=self.ids[index], visual=visual, positions=positions,
+                       next_position=int(positions.max()) + 1, frames=frames)
+
     def showing(self, frames: Tensor) -> "Prompt":
         """With other frames of the same number and size."""
         return replace(self, frames=frames)

@@ -54,6 +54,8 @@ class Options:
     masking: str = option("hide", "of ablations.MASKINGS: hide, zero, half, replace")
     positions: str = one_of("unchanged", "moved", help="of the text when the video is hidden")
     order: str = option("random", "of ablations.ORDERS: random, reverse, blocks")
+    times: str = one_of("kept", "moved", help="Qwen3-VL's times in words when frames are shuffled: "
+                        "in order, or along with their frames")
     distance: str = option("logp", "the token's log-probability's, or of ablations.DISTANCES")
     weighting: str = option("binary", "of attribution.WEIGHTS: a key mask, or soft weights")
     pool: str = one_of("group", "response", help="tokens that compete for the top r")

@@ -15,13 +15,14 @@ from transformers import Qwen3VLProcessor
 
 import ktr
 import policy
+from attribution import Rollout, temporal
 from data import Limits, check_record, load_media
 from engine import families
 from engine.decoding import vision_tokens
 from engine.prepare import recompute
 from lab import cold_start, toy
 from policy import sample, score, score_groups
-from run.options import parse
+from run.options import Options, parse
 
 ENDS = [2, 20, 30, 40]                                  # several, so that a random model ends
 
@@ -213,6 +214,48 @@ def test_shuffled_frames_keep_words_and_positions(family, ours, plain, prompts, 
         text = ours[1].tokenizer.decode(shuffled.ids[~shuffled.visual])
         times = [f"< {t} seconds >" for t in ("0 . 2", "1 . 2", "2 . 2", "3 . 2")]
         assert [text.index(t) for t in times] == sorted(text.index(t) for t in times)
+
+
+@torch.no_grad()
+def test_times_may_move_along_with_their_frames(family, ours, plain, prompts, groups):
+    prompt, group, model, processor = prompts[0], groups[0], *ours
+    r, o = Rollout(prompt, group, 0), Options(times="moved")
+    if family != "qwen3":                               # no times to move: frames singly
+        same_ids = temporal(r, o)
+        assert torch.equal(same_ids.ids, prompt.ids)
+        return
+    order = torch.tensor([2, 0, 3, 1])
+    moved = prompt.rearranged(order)
+    text = processor.tokenizer.decode(moved.ids[~moved.visual])
+    places = [text.index(f"< {i} . 2 seconds >") for i in (2, 0, 3, 1)]     # 0.5 s between frames
+    assert places == sorted(places) and len(moved.ids) == len(prompt.ids)
+    assert torch.equal(moved.frames[:2], prompt.frames[4:6])
+    got, _ = score(model, moved, group)
+    same(got, group, lambda ids: plain_logp(plain, moved, ids))
+    assert (got - score(model, prompt, group)[0]).abs().max() > 1e-3
+    back = moved.rearranged(torch.argsort(order))
+    for name in ("ids", "positions", "visual", "frames"):
+        assert torch.equal(getattr(back, name), getattr(prompt, name))
+    assert back.next_position == prompt.next_position
+    chosen = temporal(r, o)
+    assert chosen.ids.sort().values.equal(prompt.ids.sort().values)
+    assert not torch.equal(chosen.ids, prompt.ids)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_few_frames_and_odd_ones_are_rearranged(ours, n):
+    """A clip of one temporal patch has no other order; an odd last frame counts for two."""
+    processor = ours[1]
+    if not processor.vision.timestamps:
+        pytest.skip("no times in its prompts")
+    record = toy.example_prompt(random.Random(5), processor)[0].record
+    frames = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 64, 64)
+    prompt = processor.prompt({**record, "data_type": "video"}, frames, 0.5)
+    changed = temporal(Rollout(prompt, None, 0), Options(times="moved"))
+    assert (changed is None) == (n < 3)
+    if changed is not None:
+        assert set(changed.frames.flatten().tolist()) == set(range(n))
+        assert len(changed.frames) == n + n % 2 and changed.grid == prompt.grid
 
 
 # ----------------------------------------------------------------------------------- what is shown
