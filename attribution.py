@@ -202,7 +202,8 @@ def union(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
 
 def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
            pool: str = "group", ties: str = "exact") -> Tensor:
-    """The key mask m (G, T): the union of each signal's top tokens (eq. 5)."""
+    """The key mask m (G, T): the union of each signal's top tokens (eq. 5). In one call what
+    `attribute` does in two, since it keeps what each signal chose."""
     chosen = {name: top_tokens(scores, valid, ratios[name], pool, ties)
               for name, scores in signals.items()}
     return union(chosen, valid)
