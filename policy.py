@@ -201,8 +201,8 @@ def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -
 class TokenStats(torch.autograd.Function):
     """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T), keeping no logits.
 
-    entropy is -sum_w p_w log p_w (eq. 4), over all words at temperature 1. Only logp has a gradient. Softmax and sums are fp32;
-    products are in the weights' precision.
+    entropy is -sum_w p_w log p_w (eq. 4), over all words at temperature 1. Only logp has a
+    gradient. Softmax and sums are fp32; products are in the weights' precision.
     """
 
     @staticmethod
