@@ -11,15 +11,18 @@ attribution.Rollout, options `o` are run.options.Options.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import load_media, read_records
+from data import Limits, load_media, read_records
+from engine.workers import loader
 from policy import Group, hidden_states, unflatten
-from prompt import BadRecord, Prompt
+from prompt import BadRecord, Prompt, Vision
 from stream import limits_of
 
 LOGITS_AT_ONCE = 1 << 27        # while distributions are compared: 0.5 GiB in fp32
@@ -34,6 +37,24 @@ def half(r, o) -> Prompt:
     return r.prompt.thinned(keep)
 
 
+@dataclass
+class Media:
+    """Map-style data set: index -> the frames of a record's clip, or None where it has none."""
+    records: list[dict]
+    root: str
+    limits: Limits
+    vision: Vision
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        try:
+            return load_media(self.records[index], self.root, self.limits, self.vision)[0]
+        except BadRecord:
+            return None
+
+    def lost(self, index: int, reason: str) -> None:
+        """What stands for a clip whose decoding process died or hung."""
+
+
 @cache
 def records_in(data: str, leave_out: str) -> list[dict]:
     return read_records(data, leave_out or None)[0]
@@ -41,20 +62,19 @@ def records_in(data: str, leave_out: str) -> list[dict]:
 
 def another(r, o) -> Prompt:
     """The clip of another question, brought to the same number and size of frames. It is decoded
-    here and now; the next one is tried where it cannot be. SystemExit where there is none."""
+    now, in a process that may die; the next one is tried where it cannot be. SystemExit where there
+    is none."""
     records, frames = records_in(o.data, o.leave_out), r.prompt.frames
-    for i in torch.randperm(len(records), generator=r.generator).tolist():
-        if records[i]["path"] == r.prompt.record["path"]:
-            continue
-        try:
-            other, _ = load_media(records[i], o.videos, limits_of(o), r.prompt.vision)
-        except BadRecord:
-            continue
-        index = torch.linspace(0, len(other) - 1, len(frames)).round().long()
-        size = frames.shape[-2:]
-        return r.prompt.showing(F.interpolate(other[index], size=size, mode="bicubic",
-                                              antialias=True))
-    raise SystemExit(f"error: --masking replace: {o.data} has no clip that can be shown instead")
+    indices = torch.randperm(len(records), generator=r.generator).tolist()
+    others = [i for i in indices if records[i]["path"] != r.prompt.record["path"]]
+    media = loader(Media(records, o.videos, limits_of(o), r.prompt.vision), others, workers=1)
+    with closing(media):
+        other = next((clip for clip in media if clip is not None), None)
+    if other is None:
+        raise SystemExit(f"error: --masking replace: {o.data} has no other clip that decodes")
+    index = torch.linspace(0, len(other) - 1, len(frames)).round().long()
+    size = frames.shape[-2:]
+    return r.prompt.showing(F.interpolate(other[index], size=size, mode="bicubic", antialias=True))
 
 
 MASKINGS: dict[str, Callable[..., Prompt]] = {          # (r, o) -> prompt

@@ -196,6 +196,7 @@ class Prompts:
     def __init__(self, records: list, root: str | Path, processor: Processor | None,
                  limits: Limits = Limits()):
         self.records, self.root, self.processor, self.limits = records, root, processor, limits
+        self.avoided: dict[int, str] = {}               # {row: reason} of those that are not tried
         self.vision = processor.vision if processor else Vision()
 
     def __len__(self) -> int:
@@ -203,6 +204,8 @@ class Prompts:
 
     def __getitem__(self, index: int) -> Prompt | Skipped | None:
         record = self.records[index]
+        if record["row"] in self.avoided:
+            return Skipped(record, self.avoided[record["row"]])
         try:
             media = load_media(record, self.root, self.limits, self.vision)
             if self.processor:

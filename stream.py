@@ -17,7 +17,7 @@ from data import Limits, Prompts, Skipped, loader, read_records
 from policy import load_processor, weight_count
 from prompt import Processor, Prompt
 from run.checkpoint import newest
-from run.logs import Log, lost_paths
+from run.logs import Log, lost_records
 from run.options import Options
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
@@ -51,10 +51,10 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
         fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
              f"{malformed[0]}")
 
-    lost = lost_paths(Path(out)) if newest(Path(out)) else set()
-    left_out = {i for i, record in enumerate(records)
-                if record["row"] not in usable or record["path"] in lost}
-    trial = [i for i in range(len(records)) if i not in left_out][:3]
+    lost = lost_records(Path(out)) if newest(Path(out)) else {}
+    left_out = {i for i, record in enumerate(records) if record["row"] not in usable}
+    trial = [i for i, record in enumerate(records)
+             if i not in left_out and record["row"] not in lost][:3]
     data = Prompts(records, o.videos, processor, limits_of(o))
     tried = list(loader(data, trial, workers=min(1, o.workers)))
     if not any(isinstance(item, Prompt) for item in tried):
@@ -146,7 +146,9 @@ class Stream:
         self.A, self.B = o.prompts_per_step, o.prompts_per_step * world     # a rank's, of all ranks
         self.first = state["step"]
         self.ahead, self.steps = plan(o, len(records), left_out, self.B, self.first, state["place"])
+        self.lost = lost_records(Path(o.out)) if self.first else {}     # before this start
         data = Prompts(records, o.videos, processor, limits_of(o))
+        data.avoided = self.lost
         own = [index for step in range(self.first, self.steps) for _, index in self.own(step)]
         self.items = loader(data, own, o.workers)
 
@@ -164,12 +166,12 @@ class Stream:
 
     def take(self, step: int) -> list[tuple[Prompt, int]]:
         """(prompt, seed) of the step's records that can be used; the others are named in the log
-        and not replaced."""
+        (once, also if the run is continued) and not replaced."""
         found = []
         for place, _ in self.own(step):
             item = next(self.items)
-            if isinstance(item, Skipped):
-                self.log.skip(item.record, item.reason, step + 1)
-            else:
+            if not isinstance(item, Skipped):
                 found.append((item, seed_of(self.o, place)))
+            elif item.record["row"] not in self.lost:
+                self.log.skip(item.record, item.reason, step + 1)
         return found

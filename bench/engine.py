@@ -1,7 +1,7 @@
 """What a GRPO step costs at 7B on one GPU, ours and others' ways. Random weights;
 bench/results/engine.json.
 
-    python -m bench.engine [PHASE ..]   in this order; default: decode plain ours four lengths memory
+    python -m bench.engine [PHASE ..]      default: decode plain ours four lengths memory
 
     decode    a token for 8 and for 32 sequences, against the time that reading the weights takes
     plain     plain GRPO of one image of 1,008 tokens, no reference: the setting of bench.trl
@@ -216,6 +216,7 @@ class Bench:
             prompt = new_prompt(self.processor, *shape)
             found = self.steps(options("--model", name), [prompt])
             self.note(**{name: {**found, "video_tokens": int(prompt.visual.sum())}})
+        self.take("random:7b")
 
     def memory(self, name: str, frames: int, pixels: int) -> None:
         """Peak of a step of 768 tokens beside the state that one rank of eight holds."""
@@ -297,6 +298,9 @@ def options(*more: str):
 
 def main() -> None:
     asked = sys.argv[1:] or PHASES
+    unknown = [phase for phase in asked if phase not in __doc__]
+    if unknown:
+        raise SystemExit(f"error: no such phase: {', '.join(unknown)}; python -m pydoc bench.engine")
     b = Bench(ROOT / "bench" / "results" / "engine.json")
     plain = options("--signals", "all", "--beta", "0")
     phases = {

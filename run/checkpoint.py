@@ -104,14 +104,19 @@ def load_state(folder: Path, optimizer, made_by: dict) -> dict:
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     files = sorted((folder / "training_state").glob("rank-*.pt"))
-    file = files[rank % len(files)]         # any tells what made it, should there be too few
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    there = state["made_by"]
+    if files:                               # any tells what made it, should there be too few
+        file = files[rank % len(files)]
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    there = state["made_by"] if files else made_by
     changed = [f"{name}: {there.get(name)!r} there, {value!r} now"
                for name, value in made_by.items() if there.get(name) != value]
     if changed:
         raise SystemExit(f"error: {folder} was made otherwise ({'; '.join(changed)}); to continue "
                          f"exactly, start as it was started, or begin a new run from its weights: "
+                         f"--model {folder} --out ANOTHER")
+    if len(files) != optimizer.world:
+        raise SystemExit(f"error: {folder}/training_state has {len(files)} of {optimizer.world} "
+                         f"files; copy it whole, or begin a new run from its weights: "
                          f"--model {folder} --out ANOTHER")
     optimizer.load_state_dict(state.pop("optimizer"))
     return state

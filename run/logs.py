@@ -68,8 +68,9 @@ def counted(o: Options, rollouts: list, leaving: bool) -> dict[str, float]:
     names = [*METRICS, *(f"share_{name}" for name in o.signals)]
     sums = {"prompts": len(rollouts), "leaving": leaving, **dict.fromkeys(names, 0.0)}
     for r in rollouts:
-        for name, value in measured(r).items():
-            sums[name] += value
+        found = measured(r)
+        for name in names:
+            sums[name] += found.get(name, 0.0)
     return sums
 
 
@@ -119,10 +120,11 @@ def lost(row: dict) -> bool:
     return ": decoding " in row.get("reason", "")
 
 
-def lost_paths(out: Path) -> set[str]:
-    """The files that a run lost decoders to, so that it does not try them again when it goes on."""
+def lost_records(out: Path) -> dict[int, str]:
+    """{row: reason} of the records that a run lost decoders to, so that it does not try them again
+    when it goes on."""
     rows = [row for path in out.glob("skipped.*.jsonl") for row in rows_of(path)]
-    return {row["path"] for row in rows if lost(row)}
+    return {row["row"]: row["reason"] for row in rows if lost(row)}
 
 
 def rewind(out: Path, step: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import stream
 from data import Skipped
-from run.logs import Log, lost_paths, rewind, rows_of
+from run.logs import Log, lost_records, rewind, rows_of
 from run.options import Options
 from stream import Stream, plan, seed_of
 
@@ -164,7 +164,8 @@ def test_a_run_that_goes_on_drops_what_it_repeats(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [1, 2]
     # lost decoders stay, also those of steps done again; a missing file may be there by now
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13]
-    assert lost_paths(tmp_path) == {"./1", "./3"}
+    assert lost_records(tmp_path) == {11: "a: decoding ended its process",
+                                      13: "b: decoding took more than 1 s"}
     Log(tmp_path, 0).skip({"row": 14, "path": "./4", "problem_id": 5}, "r4", 4)
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13, 14]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -175,7 +176,7 @@ def test_the_log_of_a_run_without_checkpoint_is_put_aside(tmp_path):
     fill(tmp_path, steps=4)
     (tmp_path / "samples.jsonl").write_text('{"step": 1')           # not one whole line
     rewind(tmp_path, 0)
-    assert lost_paths(tmp_path) == set()    # --videos may have been wrong: all are tried again
+    assert lost_records(tmp_path) == {}     # --videos may have been wrong: all are tried again
     assert not list(tmp_path.glob("*.jsonl"))
     (aside,) = tmp_path.glob("log.jsonl.before-*")
     assert [row["step"] for row in rows_of(aside)] == [1, 2, 3, 4]

@@ -51,6 +51,7 @@ def test_killed_and_started_again_ends(clips, tmp_path):
     kill(broken)
     finish(again)
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "run").glob("log.jsonl.before-*"))          # it was not begun anew
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -97,3 +98,4 @@ def test_sigterm_saves_and_leaves(clips, tmp_path):
     assert json.loads((saved / "config.json").read_text())["model_type"] == "qwen2_5_vl"
     finish(command(clips, tmp_path / "run", f"--max_steps {int(saved.name[-6:]) + 1}"))
     assert len(steps_of(tmp_path / "run")) == int(saved.name[-6:]) + 1
+    assert not list((tmp_path / "run").glob("log.jsonl.before-*"))
