@@ -34,7 +34,7 @@ from attribution import (ADVANTAGES, BONUSES, PENALTIES, Rollout, attribute, che
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from grpo import group_advantages, grpo_loss
-from policy import Group, batches, freeze, load, sample, score_groups
+from policy import Group, batches, evaluating, freeze, load, sample, score_groups
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
 from run import checkpoint
@@ -174,6 +174,17 @@ def learning_rate(o: Options, step: int, steps: int) -> float:
     return o.lr * (1 + math.cos(math.pi * done)) / 2
 
 
+def watch(o: Options, model: nn.Module, processor: Processor,
+          watched: tuple[Prompt, int]) -> Rollout:
+    """A rollout of the prompt that is looked at through the whole run; nothing is learnt of it."""
+    (r,) = roll_out(o, model, processor, [watched])
+    with evaluating(model):
+        ((r.logp, r.entropy),) = score_groups(model, [r.prompt], [r.group])
+    attribute([r], o, model)
+    reward(o, r)
+    return r
+
+
 # -------------------------------------------------------------------------------------------- main
 @dataclass
 class Run:
@@ -190,6 +201,7 @@ class Run:
     log: Log
     stream: Stream
     leaving: checkpoint.Preemption
+    watched: tuple[Prompt, int] | None      # (prompt, seed), looked at through the whole run
 
 
 def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
@@ -232,8 +244,9 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
         (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
     add_up({"ranks": 1}, device)            # none writes before that is done
     stream = Stream(o, records, left_out, processor, log, rank, world, state)
+    watched = stream.watched(left_out, processor) if rank == 0 else None
     return Run(rank, world, device, model, processor, optimizer, scorer, reference, state, log,
-               stream, leaving)
+               stream, leaving, watched)
 
 
 @contextmanager
@@ -252,8 +265,13 @@ def keep(o: Options, run: Run, rollouts: list[Rollout], stopping: bool) -> None:
     asked by SIGTERM, or the model has broken, or the data is not what it should be."""
     state, steps, out = run.state, run.stream.steps, Path(o.out)
     done = state["step"]
-    if run.rank == 0 and rollouts and done % (o.sample_every or max(1, steps // 100)) == 0:
-        run.log.append("samples.jsonl", sample_of(rollouts[0], done, run.processor.tokenizer))
+    if run.rank == 0 and done % (o.sample_every or max(1, steps // 100)) == 0:
+        tokenizer = run.processor.tokenizer
+        if rollouts:
+            run.log.append("samples.jsonl", sample_of(rollouts[0], done, tokenizer))
+        if run.watched:
+            r = watch(o, run.model, run.processor, run.watched)
+            run.log.append("samples.jsonl", sample_of(r, done, tokenizer, watched=True))
     if state["not_finite"] >= PATIENCE:
         raise SystemExit(f"error: the gradient was not finite in {PATIENCE} steps in a row; lower "
                          f"--lr, or look at {out / 'samples.jsonl'}")

@@ -175,3 +175,12 @@ class Stream:
             elif item.record["row"] not in self.lost:
                 self.log.skip(item.record, item.reason, step + 1)
         return found
+
+    def watched(self, left_out: set[int], processor: Processor) -> tuple[Prompt, int] | None:
+        """(prompt, seed) of the run's first record, for a look at one question through the whole
+        run; the same when a run goes on. None if the record cannot be used."""
+        n = len(self.records)
+        _, first = next(order(self.o.seed, n, n, left_out, 0))
+        data = Prompts(self.records, self.o.videos, processor, limits_of(self.o))
+        (item,) = loader(data, [first], min(1, self.o.workers))
+        return None if isinstance(item, Skipped) else (item, seed_of(self.o, -1))

@@ -127,9 +127,10 @@ def count(completions: list[dict], name: str) -> tuple[Counter, Counter]:
 
 
 def sample_tables(samples: list[dict]) -> list[Table]:
-    """The words each signal selects, where it does, and the overlap of the selected sets. Tokens
-    that a signal does not apply to (temporal, in a still image) do not count for it."""
-    completions = [c for s in samples for c in s["completions"]]
+    """The words each signal selects, where it does, and the overlap of the selected sets. The
+    watched question, every other sample, would outweigh the rest and does not count; nor do, for a
+    signal, tokens that it does not apply to (temporal, in a still image)."""
+    completions = [c for s in samples if not s.get("watched") for c in s["completions"]]
     sets = Counter()                                # the names of the signals that select a token
     for c in completions:
         for t in range(len(c["tokens"])):
@@ -194,10 +195,14 @@ def content_of(folders: list[Path]) -> dict:
 
 
 def thinned(samples: list[dict], share: float) -> list[dict]:
-    """Evenly this share of the samples, the first and the last among them."""
-    k = int(share * len(samples))
-    step = (len(samples) - 1) / max(1, k - 1)
-    return [samples[round(i * step)] for i in range(k)]
+    """Evenly this share of the watched samples and of the others, first and last of each."""
+    kept = []
+    for watched in (True, False):
+        some = [s for s in samples if bool(s.get("watched")) == watched]
+        k = int(share * len(some))
+        step = (len(some) - 1) / max(1, k - 1)
+        kept += [some[round(i * step)] for i in range(k)]
+    return kept
 
 
 def thumbnails(sample: dict, videos: str) -> list[str]:

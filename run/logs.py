@@ -86,8 +86,11 @@ def line_of(row: dict[str, float], steps: int) -> str:
             f"({seconds}){memory}")
 
 
-def sample_of(r, step: int, tokenizer) -> dict:
-    """What samples.jsonl keeps of a rollout: its first completions, token by token."""
+def sample_of(r, step: int, tokenizer, watched: bool = False) -> dict:
+    """What samples.jsonl keeps of a rollout: its first completions, token by token.
+
+    watched: it is of the question that is asked again through the whole run.
+    """
     completions = []
     for g, n in enumerate(r.group.lengths[:SAMPLED]):
         scores = {name: s[g, :n].tolist() for name, s in r.scores.items()}
@@ -99,7 +102,7 @@ def sample_of(r, step: int, tokenizer) -> dict:
             "advantages": float(r.advantages[g]), "reward": float(r.rewards[g])})
     names = ("problem_id", "problem", "options", "solution", "path", "data_type")
     about = {name: r.prompt.record.get(name) for name in names}
-    return {"step": step, **about, "completions": completions}
+    return {"step": step, "watched": watched, **about, "completions": completions}
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -111,8 +111,10 @@ def test_a_run_leaves_what_it_promises(whole_run):
     options = json.loads((whole_run / "options.json").read_text())
     assert options["signals"] == ["visual", "temporal", "entropy"]
     samples = rows_of(whole_run / "samples.jsonl")
-    assert [s["step"] for s in samples] == [2, 4, 6]
-    for completion in samples[0]["completions"]:
+    expected = [(step, watched) for step in (2, 4, 6) for watched in (False, True)]
+    assert [(s["step"], s["watched"]) for s in samples] == expected
+    assert len({s["path"] for s in samples if s["watched"]}) == 1
+    for completion in samples[0]["completions"] + samples[1]["completions"]:
         n = len(completion["tokens"])
         assert set(completion["signals"]) == set(completion["chosen"]) >= {"visual", "entropy"}
         rows = [*completion["signals"].values(), *completion["chosen"].values()]
@@ -452,7 +454,7 @@ def test_records_are_left_out_when_a_run_goes_on(run, world, tmp_path):
     run(*common, 5, "--leave_out", tmp_path / "bad.json")
     assert (tmp_path / "out" / "log.jsonl").read_text().startswith(done)
     samples = rows_of(tmp_path / "out" / "samples.jsonl")
-    shown = [s["problem_id"] for s in samples]
+    shown = [s["problem_id"] for s in samples if not s["watched"]]
     ids = [records[row].get("problem_id", row) for row in order]
     assert shown == [ids[0], ids[1], ids[3], ids[5], ids[6]]
 

@@ -26,7 +26,7 @@ def completion(tokens, signals, chosen, accuracy, advantage):
             "format": 1.0, "advantages": advantage, "reward": accuracy + 1.0}
 
 
-def sample(step=1, path="./a.y4m", problem="Which way?"):
+def sample(step=1, path="./a.y4m", watched=False, problem="Which way?"):
     """As logs.sample_of writes it: a completion under a clip, one that temporal does not fit."""
     first = completion(
         ["so", "red", "up", "red"],
@@ -36,7 +36,7 @@ def sample(step=1, path="./a.y4m", problem="Which way?"):
     second = completion(
         ["so", EVIL], {"visual": [0.1, 0.2], "entropy": [1.0, 0.5]},
         {"visual": [0, 0], "entropy": [1, 0]}, 0.0, -0.75)
-    return {"step": step, "problem_id": path, "problem": problem,
+    return {"step": step, "watched": watched, "problem_id": path, "problem": problem,
             "options": ["A. up", "B. down"], "solution": "<answer>A</answer>", "path": path,
             "data_type": "video", "completions": [first, second]}
 
@@ -52,8 +52,8 @@ def write_run(folder, *more, steps=4, samples=()):
     for step in range(1, steps + 1):
         totals = {**dict.fromkeys(names, step / 4), "prompts": 1.0, "leaving": 0.0}
         log.step(step, steps, totals, {"grad_norm": 1.0, "lr": o.lr, "skipped": 0}, clock)
-    again = [sample(step, "./b.y4m", EVIL) for step in (1, 2)]
-    for row in samples or [*again, sample(3)]:
+    watched = [sample(step, "./b.y4m", True, EVIL) for step in (2, 3)]
+    for row in samples or [sample(1), *watched]:
         log.append("samples.jsonl", row)
     rng = np.random.default_rng(0)
     for name in "ab":
@@ -69,8 +69,8 @@ def page_of(*folders, limit=report.LIMIT):
 
 # ------------------------------------------------------------------------------------------- tables
 def test_words_by_hand():
-    """Of the tokens that a signal applies to."""
-    words, temporal, entropy, *_ = report.sample_tables([sample()])
+    """Of the tokens that a signal applies to; the watched sample does not count."""
+    words, temporal, entropy, *_ = report.sample_tables([sample(), sample(2, watched=True)])
     assert words[0] == "Words: visual"
     assert words[1].startswith("It selects 33.3% of 6 tokens.")
     assert words[3] == [["red", 2, 2, "100.0%", "3.0"]]                     # 1 / (2/6)
@@ -81,7 +81,7 @@ def test_words_by_hand():
 
 
 def test_overlap_and_positions_by_hand():
-    *_, overlap, positions = report.sample_tables([sample()])
+    *_, overlap, positions = report.sample_tables([sample(), sample(2, watched=True)])
     assert overlap[3] == [                              # by chance: each selects a third
         ["entropy", 2, "33.3%", "14.8%"], ["visual + temporal", 1, "16.7%", "7.4%"],
         ["temporal", 1, "16.7%", "14.8%"], ["visual", 1, "16.7%", "14.8%"],
@@ -162,14 +162,14 @@ def test_clips_that_cannot_be_shown_say_why(tmp_path):
 
 
 def test_a_page_stays_below_its_limit_and_says_what_it_left_out(tmp_path):
-    many = [sample(i, f"./{'ab'[i % 2]}.y4m") for i in range(1, 401)]
+    many = [sample(i, f"./{'ab'[i % 2]}.y4m", i % 2 == 1) for i in range(1, 401)]
     run = write_run(tmp_path / "run", samples=many)
     whole, _ = page_of(run)
     page, content = page_of(run, limit=120_000)
     assert len(whole) > 250_000 and 90_000 < len(page.encode()) <= 120_000
     steps = [s["step"] for s in content["runs"][0]["samples"]]
     assert 20 < len(steps) < 400
-    assert {1, 400} <= set(steps)                       # first and last
+    assert {1, 2, 399, 400} <= set(steps)               # first and last, watched and others
     notes = " ".join(content["notes"])
     assert f"{len(steps)} of 400 samples are shown, to stay below 0.12 MB" in notes
     assert "samples' clips are shown" in notes and "400" in page
@@ -289,8 +289,8 @@ def test_the_page_in_a_browser(tmp_path):
     assert found["left"] is None
     assert found["ArrowLeft"].startswith('"so"') and found["ArrowRight"].startswith('"red"')
 
-    assert found["questions"][0].startswith("step 1: </script x><script>")
-    assert found["questions"][1] == "step 3: Which way?"
-    assert found["steps"] == ["1 (1 of 2)", "2 (2 of 2)", "3 (1 of 1)"] and found["kept"] == 1
+    assert found["questions"][0].startswith("watched: </script x><script>")
+    assert found["questions"][1] == "step 1: Which way?"
+    assert found["steps"] == ["2 (1 of 2)", "3 (2 of 2)", "1 (1 of 1)"] and found["kept"] == 1
     assert ["reward", 2] in found["curves"] and ["overlap", 2] in found["curves"]       # a raw line
     assert {"Words: visual (a)", "Overlap (b)", "All options"} <= set(found["tables"])  # each run

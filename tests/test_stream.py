@@ -142,6 +142,18 @@ def test_what_cannot_be_used_is_skipped_named_and_not_replaced(make, tmp_path):
     assert {row["reason"] for row in named} == {"broken"}
 
 
+def test_the_watched_prompt_is_the_runs_first(make):
+    o = Options(max_steps=6)
+    ((first,), (second,)) = rows_taken(make(o), [0, 1])
+    for s in (make(o), make(o, step=4, place=4), make(o, world=2)):
+        prompt, seed = s.watched(set(), None)
+        assert prompt.record["row"] == first and seed == seed_of(o, -1)
+    prompt, _ = make(o, left_out={first}).watched({first}, None)
+    assert prompt.record["row"] == second
+    BAD.add(first)
+    assert make(o).watched(set(), None) is None
+
+
 # ---------------------------------------------------------------------------------------------- log
 def fill(out, steps):
     out.mkdir(exist_ok=True)
