@@ -191,7 +191,7 @@ def test_the_other_clip_belongs_to_the_seed_and_is_never_left_out(prompts, other
     for seed in (*range(0, 40, 2), 0):
         seen.append(int(masked("replace", clip, seed, **options).frames.min()))
     assert set(seen) == {10, 90, 130} and seen[0] == seen[-1]
-    with pytest.raises(SystemExit, match="--masking replace: .* no clip that can be shown"):
+    with pytest.raises(SystemExit, match="--masking replace: .* no other clip that decodes"):
         masked("replace", clip, **others(None))
 
 

@@ -155,21 +155,6 @@ def test_clips_that_do_not_decode_are_found_before_the_start(checkpoint_folder, 
     assert len(usable) == 6 and left_out == set()
 
 
-def test_what_lost_a_decoder_is_left_out_when_a_run_goes_on(checkpoint_folder, world, tmp_path):
-    """By whichever rank it was met; a run without a checkpoint begins anew and tries it again."""
-    data, out = world / "train.json", tmp_path / "out"
-    paths = [record["path"] for record in json.loads(data.read_text())]
-    out.mkdir()
-    reasons = {5: "a: decoding took more than 120 s", 6: "b: no such file"}
-    for rank, (row, reason) in enumerate(reasons.items()):
-        line = {"step": 3, "row": row, "path": paths[row], "reason": reason}
-        (out / f"skipped.{rank}.jsonl").write_text(json.dumps(line) + "\n")
-    o = parse([str(x) for x in ("--model", checkpoint_folder, "--data", data, "--out", out)])
-    assert preflight(o)[1] == set()
-    (out / "checkpoint-000002").mkdir()
-    assert preflight(o)[1] == {i for i, path in enumerate(paths) if path == paths[5]}
-
-
 def test_fewer_gpus_than_processes(checkpoint_folder, world, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -73,6 +73,8 @@ class Decoder:
 
     def __getitem__(self, index):
         record = self.records[index]
+        if record["row"] in getattr(self, "avoided", ()):       # the decoder is not tried again
+            return Skipped(record, "lost before")
         if record["row"] in BAD:
             return Skipped(record, "broken")
         return SimpleNamespace(record=record)
@@ -152,6 +154,17 @@ def test_the_watched_prompt_is_the_runs_first(make):
     assert prompt.record["row"] == second
     BAD.add(first)
     assert make(o).watched(set(), None) is None
+
+
+def test_a_lost_decoder_keeps_its_place_when_a_run_goes_on(make, tmp_path):
+    """The steps after it hold the same prompts as in the run that met it, and it is named once."""
+    o = Options(prompts_per_step=2, max_steps=5, out=str(tmp_path))
+    order = [row for rows in rows_taken(make(o), range(5)) for row in rows]
+    reason = "a: decoding took more than 120 s"
+    make(o).log.skip({"row": order[5], "path": "./x", "problem_id": 5}, reason, 3)
+    rest = make(o, step=2, place=4)
+    assert rows_taken(rest, range(2, 5)) == [[order[4]], order[6:8], order[8:]]
+    assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [order[5]]
 
 
 # ---------------------------------------------------------------------------------------------- log
