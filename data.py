@@ -34,12 +34,14 @@ Skipped = namedtuple("Skipped", "record reason")        # stands where a Prompt 
 
 
 def read_json(path: str | Path) -> list:
-    """The rows of a JSON list, of JSON lines or of {"results": [..]}, which Video-R1's evaluation
-    writes; BadRecord names the file and the line."""
+    """The rows of a JSON list, of JSON lines or of one object with "results": [..], as Video-R1's
+    evaluation writes it; BadRecord names the file and the line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()   # drops a byte-order mark
-        if re.match(r'\{\s*"results"\s*:\s*\[', text):
-            return json.loads(text)["results"]
+        if text.startswith("{"):
+            first, end = json.JSONDecoder().raw_decode(text)
+            if end == len(text) and isinstance(first.get("results"), list):
+                return first["results"]
         if not text.startswith("["):
             text = "[" + re.sub(r"\n\s*", ",\n", text) + "]"
         return json.loads(text)

@@ -199,20 +199,28 @@ def read_predictions(path: str | Path) -> tuple[dict, list[dict]]:
     return settings, list(latest.values())
 
 
-def mean_of(scores: list[tuple[float, str]]) -> tuple[float, float]:
-    """(mean, half of its 95% interval) of (score of a question, path of its clip).
+def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a mean p of n scores (Wilson 1927), inside [0, 1]; of none: all of it.
+    Scores between 0 and 1 (regression) vary less than the p (1 - p) that it takes."""
+    if n == 0:
+        return 0.0, 1.0
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+def paired(differences: list[tuple[float, str]]) -> tuple[float, float]:
+    """(mean, half of its 95% interval) of (difference at a question, path of its clip).
 
     Questions about one clip are not independent, so the error of n questions is clustered:
-    1.96 sqrt(K/(K-1) sum over K clips of (sum of score - mean)^2) / n. It is 0 where all scores are
-    alike; one clip alone says nothing (1), nor do none (0 +- 1).
+    1.96 sqrt(K/(K-1) sum over K >= 2 clips of (sum of difference - mean)^2) / n.
     """
-    n, of_clip = len(scores), defaultdict(float)
-    mean = sum(score for score, _ in scores) / max(1, n)
-    for score, path in scores:
-        of_clip[path] += score - mean
+    n, of_clip = len(differences), defaultdict(float)
+    mean = sum(difference for difference, _ in differences) / n
+    for difference, path in differences:
+        of_clip[path] += difference - mean
     K = len(of_clip)
-    if K < 2:
-        return mean, 1.0
     return mean, 1.96 * math.sqrt(K / (K - 1) * sum(x * x for x in of_clip.values())) / n
 
 
@@ -220,14 +228,15 @@ def summarise(rows: list[dict]) -> dict:
     """Counts, mean scores, the strict score's interval, and what the commonest letter alone would
     score on all multiple choice questions. What is unreadable is not wrong."""
     answered = [row for row in rows if "grade" in row]
-    strict, half = mean_of([(row["grade"][0], row["path"]) for row in answered])
-    lenient, _ = mean_of([(row["grade"][1], row["path"]) for row in answered])
+    n = len(answered)
+    strict = sum(row["grade"][0] for row in answered) / max(1, n)
+    lenient = sum(row["grade"][1] for row in answered) / max(1, n)
     unparsed = sum(not row["grade"][2] for row in answered)
     letters = [extract_answer(row["solution"]) or row["solution"].strip() for row in rows
                if row["problem_type"] == "multiple choice"]
     letter = max(sorted(set(letters)), key=letters.count, default="no letter")
-    return {"n": len(answered), "strict": strict, "interval": (strict - half, strict + half),
-            "lenient": lenient, "unparsed": unparsed, "unreadable": len(rows) - len(answered),
+    return {"n": n, "strict": strict, "interval": wilson(strict, n), "lenient": lenient,
+            "unparsed": unparsed, "unreadable": len(rows) - n,
             "always": (letter, letters.count(letter) / max(1, len(letters)))}
 
 
@@ -243,11 +252,11 @@ def part_of(row: dict, split: dict) -> str | None:
 
 def published(settings: dict) -> dict[str, float]:
     """{model: its published score}; empty unless it was measured with exactly these settings."""
-    if "protocol" not in settings:              # of another program
+    protocol, frames = PROTOCOLS.get(settings.get("protocol")), settings.get("frames")
+    if protocol is None:                        # of another program, or an older commit
         return {}
-    protocol, frames = PROTOCOLS[settings["protocol"]], settings["frames"]
     needed = protocol["options"] | {"frames": frames}
-    if any(settings[name] != value for name, value in needed.items()):
+    if any(settings.get(name) != value for name, value in needed.items()):
         return {}
     return protocol["published"].get(str(frames), {}).get(settings["benchmark"], {})
 
@@ -262,9 +271,13 @@ def report(settings: dict, rows: list[dict]) -> dict:
                 parts[f"{name}: {part}"].append(row)
     table = {"all": summarise(rows)} | {name: summarise(parts[name]) for name in sorted(parts)}
     for name, s in table.items():
-        half = s["interval"][1] - s["strict"]
-        print(f"{name:40} {s['n']:5d} answers: strict {s['strict']:6.1%} +- {half:4.1%}, lenient "
-              f"{s['lenient']:6.1%}, {s['unparsed']} unparsed; {s['unreadable']} unreadable")
+        if s["n"] == 0:                         # nothing could be read: no score
+            print(f"{name:40}     0 answers; {s['unreadable']} unreadable")
+            continue
+        low, high = s["interval"]
+        print(f"{name:40} {s['n']:5d} answers: strict {s['strict']:6.1%} "
+              f"({low:6.1%} to {high:6.1%}), lenient {s['lenient']:6.1%}, "
+              f"{s['unparsed']} unparsed; {s['unreadable']} unreadable")
     letter, share = table["all"]["always"]
     print(f"always answering {letter}: {share:.1%} of the multiple choice questions")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
@@ -277,16 +290,18 @@ def report(settings: dict, rows: list[dict]) -> dict:
 
 def compare(first: str, second: str) -> dict:
     """Print and return the difference of two files' scores over the questions that both answered,
-    with a paired interval; and what else they differ in."""
+    with a paired interval; and what else they differ in. BadRecord if these are of one clip."""
     (ours, a), (theirs, b) = read_predictions(first), read_predictions(second)
     others = {(row["row"], row["problem"]): row["grade"] for row in b if "grade" in row}
     pairs = [(row["grade"], others[row["row"], row["problem"]], row["path"]) for row in a
              if "grade" in row and (row["row"], row["problem"]) in others]
+    if len({path for *_, path in pairs}) < 2:
+        raise BadRecord(f"{first} and {second}: fewer than two clips that both answered")
     print(f"{len(pairs)} questions that both answered, of {len(a)} in A and {len(b)} in B")
     table = {"n": len(pairs)}
     for i, name in enumerate(("strict", "lenient")):
         differences = [(x[i] - y[i], path) for x, y, path in pairs]
-        mean, half = mean_of(differences)
+        mean, half = paired(differences)
         table[name] = {"difference": mean, "interval": (mean - half, mean + half)}
         print(f"{name:8} A - B {mean:+.1%} +- {half:.1%}")
     for name in ours | theirs:
@@ -346,9 +361,9 @@ def main(a: argparse.Namespace) -> dict | None:
         return compare(*a.compare)
     if a.rescore:
         settings, rows = read_predictions(a.rescore)
-        if settings and a.benchmark:
+        if "benchmark" in settings and a.benchmark:
             raise SystemExit(f"error: --benchmark is what {a.rescore} says")
-        return report(settings or {"benchmark": a.benchmark or "custom"}, rows)
+        return report({"benchmark": a.benchmark or "custom", **settings}, rows)
     try:
         load_processor(a.model)
     except ValueError as error:                 # a model of another family

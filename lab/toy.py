@@ -317,6 +317,10 @@ def print_table(out: Path) -> None:
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     print(f"\n{'test questions':16} {'n':>5}   before    after     gain   unparsed")
     for kind, row in later.items():
+        if row["n"] == 0 or earlier[kind]["n"] == 0:
+            print(f"{kind.removeprefix('kind: '):16} {row['n']:5d}   no score; before: "
+                  f"{earlier[kind]['n']} read")
+            continue
         before, after = 100 * earlier[kind]["strict"], 100 * row["strict"]
         print(f"{kind.removeprefix('kind: '):16} {row['n']:5d}   {before:5.1f}%   {after:5.1f}%   "
               f"{after - before:+5.1f}   {row['unparsed']:8d}")

@@ -95,6 +95,18 @@ def test_json_lists_and_lines(tmp_path, encoding):
     assert read_json(as_list) == read_json(as_lines) == [GOOD, GOOD]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_results_are_found_wherever_they_stand(tmp_path, indent):
+    for whole in ({"results": [GOOD], "acc": 1}, {"acc": {"results": [3]}, "results": [GOOD]}):
+        path = write(tmp_path / "a.json", json.dumps(whole, indent=indent))
+        assert read_json(path) == [GOOD]
+    line = json.dumps({"problem": "x", "results": "a text"})
+    assert read_json(write(tmp_path / "b.jsonl", line)) == [json.loads(line)]
+    two = [{"results": [1]}, {"results": [2]}]
+    lines = "\n".join(json.dumps(row) for row in two)
+    assert read_json(write(tmp_path / "c.jsonl", lines)) == two
+
+
 @pytest.mark.parametrize("text, says", [
     ("[{\"a\": 1},", "bad.json: not"), ("{\"a\": 1}\nnonsense\n", "bad.json: .*line 2"),
     ("{\"a\": 1} {\"a\": 1}\n", "bad.json: .*line 1"), ("hello", "bad.json: .*line 1"),

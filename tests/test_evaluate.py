@@ -15,8 +15,9 @@ from conftest import ROOT, plain_inputs
 
 import evaluate
 from engine.decoding import vision_tokens
-from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, mean_of, parse, part_of,
-                      published, read_predictions, read_questions, report, summarise, worded)
+from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, paired, parse, part_of,
+                      published, read_predictions, read_questions, report, summarise, wilson,
+                      worded)
 from lab import toy
 from lab.holmes import converted
 from prompt import QUESTION_EVAL, BadRecord, question_text
@@ -50,22 +51,29 @@ def whole(checkpoint_folder, world, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------- scores
-def test_an_interval_by_hand():
+def test_wilsons_interval_by_hand():
+    # 8 of 10, z^2 = 3.8416: centre 0.99208, spread 1.96 sqrt(0.025604) = 0.31363, over 1.38416
+    assert wilson(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    # all of n right: from 1 / (1 + z^2 / n)
+    assert wilson(1.0, 10) == pytest.approx((0.72246, 1.0), abs=1e-5)
+    assert wilson(0.5, 0) == (0.0, 1.0)
+    for n in range(1, 200):
+        (nothing, little), (much, everything) = wilson(0.0, n), wilson(1.0, n)
+        assert 0 <= nothing < 1e-9 < little and much < 1 - 1e-9 < everything <= 1
+
+
+def test_a_clustered_interval_by_hand():
     # one question a clip, scores 1 1 0 0: mean 1/2, sd 0.57735, 1.96 * sd / 2 = 0.56580
-    assert mean_of(list(zip([1, 1, 0, 0], "pqrs"))) == pytest.approx((0.5, 0.56580), abs=1e-5)
+    assert paired(list(zip([1, 1, 0, 0], "pqrs"))) == pytest.approx((0.5, 0.56580), abs=1e-5)
     # a hundred: close to 1.96 sqrt(p (1 - p) / n) = 0.0980
     hundred = [(i % 2, str(i)) for i in range(100)]
-    assert mean_of(hundred) == pytest.approx((0.5, 0.0985), abs=1e-4)
+    assert paired(hundred) == pytest.approx((0.5, 0.0985), abs=1e-4)
 
 
 def test_questions_about_a_clip_count_together():
     # scores 1 1 (clip p), 0 (q), -1 (r): mean 1/4; sums of score - 1/4: 1.5, -0.25, -1.25;
     # squares 3.875, times 3/2 = 5.8125, root 2.410913, over 4 = 0.602728, times 1.96 = 1.181347
-    assert mean_of(list(zip([1, 1, 0, -1], "ppqr"))) == pytest.approx((0.25, 1.181347), abs=1e-6)
-
-
-def test_one_clip_says_nothing():
-    assert mean_of([]) == (0.0, 1.0) and mean_of([(1, "p"), (0, "p")]) == (0.5, 1.0)
+    assert paired(list(zip([1, 1, 0, -1], "ppqr"))) == pytest.approx((0.25, 1.181347), abs=1e-6)
 
 
 def row(output=None, solution="B", kind="multiple choice", **more):
@@ -94,7 +102,17 @@ def test_counts_of_a_small_table():
 def test_an_unreadable_clip_is_no_wrong_answer():
     assert summarise([row(RIGHT), row()])["strict"] == 1.0
     alone = summarise([row()])
-    assert (alone["n"], alone["unreadable"], alone["interval"]) == (0, 1, (-1.0, 1.0))
+    assert (alone["n"], alone["unreadable"], alone["interval"]) == (0, 1, (0.0, 1.0))
+
+
+def test_scores_are_printed_with_their_interval_and_none_where_nothing_was_read(capsys):
+    right = [row(RIGHT, row=i, path="p", domain="A") for i in range(10)]
+    report(settings_of("video-ktr", "videomme"), [*right, row(domain="B"), row(domain="B")])
+    of_all, of_a, of_b = [" ".join(line.split())
+                          for line in capsys.readouterr().out.splitlines()[:3]]
+    scored = "10 answers: strict 100.0% ( 72.2% to 100.0%), lenient 100.0%, 0 unparsed;"
+    assert of_all == f"all {scored} 2 unreadable" and of_a == f"domain: A {scored} 0 unreadable"
+    assert of_b == "domain: B 0 answers; 2 unreadable"
 
 
 def test_usual_splits():
@@ -443,7 +461,8 @@ OTHERS = [{"output": RIGHT, "solution": RIGHT, "problem_type": "multiple choice"
 @pytest.mark.parametrize("text", [
     json.dumps(OTHERS), "\ufeff" + json.dumps(OTHERS),
     "\n".join(json.dumps(item) for item in OTHERS),
-    json.dumps({"results": OTHERS, "final_acc": [{"mean_acc": 0.5}]}, indent=2)])
+    json.dumps({"results": OTHERS, "final_acc": [{"mean_acc": 0.5}]}, indent=2),
+    json.dumps({"final_acc": [{"mean_acc": 0.5}], "results": OTHERS})])
 def test_other_peoples_predictions(tmp_path, text, capsys):
     path = tmp_path / "eval_mmvu_theirs.json"
     path.write_text(text, "utf-8")
@@ -481,6 +500,20 @@ def test_rescoring_says_the_files_frames(tmp_path, capsys):
     assert "61.6" in printed and "66.6" in printed
     with pytest.raises(SystemExit, match="--benchmark is what .*predictions.jsonl says"):
         main(parse(["--rescore", str(path), "--benchmark", "videomme"]))
+
+
+@pytest.mark.parametrize("missing", ["benchmark", "protocol", "frames", "seconds"])
+def test_rescoring_an_older_commits_answers(tmp_path, missing, capsys):
+    """Whose settings lack what was added later: no figure, unless the benchmark is told."""
+    path, settings = tmp_path / "old.jsonl", settings_of("video-ktr", "mmvu", frames=64)
+    del settings[missing]
+    path.write_text(json.dumps({"settings": settings}) + "\n" + json.dumps(row(RIGHT)))
+    assert main(parse(["--rescore", str(path)]))["all"]["n"] == 1
+    assert "published figures: none" in capsys.readouterr().out
+    if missing == "benchmark":
+        main(parse(["--rescore", str(path), "--benchmark", "mmvu"]))
+        printed = capsys.readouterr().out
+        assert "61.6" in printed and "whole benchmark has 625" in printed
 
 
 @pytest.mark.parametrize("bad", [
@@ -522,7 +555,7 @@ def two_files(folder, a, b, clips, changed=()):
 
 
 def test_a_paired_interval_by_hand(tmp_path):
-    # d = 1 1 0 0, as in test_an_interval_by_hand
+    # d = 1 1 0 0, as in test_a_clustered_interval_by_hand
     result = compare(*two_files(tmp_path, "BBBA", "AABA", "pqrs"))
     assert result["n"] == 4 and result["strict"]["difference"] == 0.5
     assert result["strict"]["interval"] == pytest.approx((-0.06580, 1.06580), abs=1e-5)
@@ -541,9 +574,17 @@ def test_only_what_both_answered_is_compared(tmp_path, capsys):
 
 
 def test_the_same_row_of_another_list_is_another_question(tmp_path):
-    a, b = two_files(tmp_path, "BB", "AB", "pq")
+    a, b = two_files(tmp_path, "BBB", "ABB", "pqr")
     Path(b).write_text(Path(b).read_text().replace("q1", "another"))
-    assert compare(a, b)["n"] == 1
+    assert compare(a, b)["n"] == 2
+
+
+@pytest.mark.parametrize("b, clips", [
+    ([None, None, "B"], "pqr"), (["B", "A", "B"], "ppp"), ([None] * 3, "pqr")])
+def test_files_without_two_clips_in_common_are_not_compared(tmp_path, b, clips):
+    files = two_files(tmp_path, "BAA", b, clips)
+    with pytest.raises(BadRecord, match="a.jsonl and .*b.jsonl: fewer than two clips"):
+        compare(*files)
 
 
 # ------------------------------------------------------------------------------------------- errors
