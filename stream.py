@@ -178,9 +178,10 @@ class Stream:
 
     def watched(self, left_out: set[int], processor: Processor) -> tuple[Prompt, int] | None:
         """(prompt, seed) of the run's first record, for a look at one question through the whole
-        run; the same when a run goes on. None if the record cannot be used."""
+        run; the same when a run goes on. None if that record cannot be used."""
         n = len(self.records)
         _, first = next(order(self.o.seed, n, n, left_out, 0))
         data = Prompts(self.records, self.o.videos, processor, limits_of(self.o))
+        data.avoided = self.lost
         (item,) = loader(data, [first], min(1, self.o.workers))
         return None if isinstance(item, Skipped) else (item, seed_of(self.o, -1))

@@ -121,6 +121,12 @@ def test_a_run_leaves_what_it_promises(whole_run):
         assert all(len(row) == n for row in rows)
 
 
+def test_nothing_is_learnt_of_the_watched_question(whole_run, run, tmp_path):
+    run(tmp_path, *WHOLE, "--sample_every", 1)
+    assert len(rows_of(tmp_path / "samples.jsonl")) == 2 * 6
+    assert without_times(log_of(whole_run)) == without_times(log_of(tmp_path))
+
+
 def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
     final = whole_run / "final"
     trained, base = weights_of(final), weights_of(checkpoint_folder)
