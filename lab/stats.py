@@ -56,11 +56,13 @@ def p_value(differences: list[float]) -> float:
 
 def holm(p: dict[str, float]) -> dict[str, float]:
     """Each p-value corrected for all of them (Holm 1979): the i-th smallest of m times m - i + 1,
-    never less than a smaller one's, at most 1. At 5%, all of them together err in 5% of studies."""
-    corrected, least = {}, 0.0
-    for i, name in enumerate(sorted(p, key=p.get)):
-        least = max(least, min(1.0, p[name] * (len(p) - i)))
-        corrected[name] = least if not math.isnan(p[name]) else math.nan
+    never less than a smaller one's, at most 1. At 5%, all of them together err in 5% of studies.
+    NaN (too few pairs) stays, and does not count."""
+    known = {name: value for name, value in p.items() if not math.isnan(value)}
+    corrected, least = dict(p), 0.0
+    for i, name in enumerate(sorted(known, key=known.get)):
+        least = max(least, min(1.0, known[name] * (len(known) - i)))
+        corrected[name] = least
     return corrected
 
 

@@ -189,7 +189,9 @@ def compare(runs: dict[str, dict[str, dict]], names: list[str], control: str,
     differences = {}
     for name in names:
         seeds = sorted(set(runs[name]) & set(runs[control]))
-        differences[name] = [runs[name][s][measure] - runs[control][s][measure] for s in seeds]
+        if seeds:
+            pairs = [(runs[name][s][measure], runs[control][s][measure]) for s in seeds]
+            differences[name] = [a - b for a, b in pairs]
     corrected = holm({name: p_value(values) for name, values in differences.items()})
     rows = {}
     for name, values in differences.items():
@@ -222,7 +224,7 @@ def print_tables(runs: dict[str, dict[str, dict]], controls: list[str]) -> None:
                 continue
             print(f"\n{f'minus {control}':22}pairs   accuracy                  learning")
             found = [compare(runs, names, control, measure) for measure in OUTCOMES]
-            for name in names:
+            for name in found[0][0]:
                 both = "   ".join("{mean:+5.1f} +- {half:4.1f}  p {p:5.3f}".format(**rows[name])
                                   for rows, _ in found)
                 print(f"{name:22}{found[0][0][name]['pairs']:5d}   {both}")

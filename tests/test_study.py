@@ -77,6 +77,8 @@ def test_holm_by_hand():
     assert holm({"a": 0.4, "b": 0.7}) == pytest.approx({"a": 0.8, "b": 0.8})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
     assert all(math.isnan(x) for x in holm({"a": math.nan, "b": math.nan}).values())
+    some = holm({"b": math.nan, "a": 0.001, "c": 0.002})    # what has too few pairs does not count
+    assert math.isnan(some["b"]) and (some["a"], some["c"]) == (0.002, 0.002)
 
 
 def test_the_detectable_difference_is_detected_as_often_as_it_says():
