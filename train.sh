@@ -7,7 +7,7 @@
 # The recipe reads from the environment
 #   MODEL   checkpoint folder or hub name (Video-R1/Qwen2.5-VL-7B-COT-SFT)     DATA     its records, JSON (needed)
 #   VIDEOS  folder the records' paths start from (DATA's)                      OUT      checkpoints, logs (runs/7b)
-#   NPROC   processes on this node (all GPUs)       DEVICE=cpu  to try the recipe with a tiny model and no GPU
+#   NPROC   processes on this node (all GPUs)       DEVICE=cpu  to try the recipe without one, with MODEL=cold_start
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes: the same command on each, with its NODE_RANK
 set -euo pipefail
 for name in DATA VIDEOS OUT; do         # relative paths are those of where you are
@@ -39,6 +39,11 @@ toy() {
 
 recipe() {
     local dry= gpus nproc run
+    gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
+        echo "error: no GPU found; the 7B recipe needs some (MODEL=cold_start DEVICE=cpu tries it with a tiny model)" >&2
+        exit 1
+    fi
     if [ "${1:-}" = --dry_run ]; then
         shift; dry=1 MODEL=${MODEL:-random:7b} OUT=${OUT:-runs/dry} FRAMES=${FRAMES:-16}
         [ -n "${DATA:-}" ] || DATA=runs/clips$FRAMES/data.json
@@ -48,12 +53,8 @@ recipe() {
     if [ -z "${DATA:-}" ]; then
         echo "error: DATA is not set; it names the file of training records" >&2; exit 1
     fi
-    gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
-    if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
-        echo "error: no GPU found; the 7B recipe needs some (DEVICE=cpu tries it with a tiny model)" >&2; exit 1
-    fi
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
-    if [ -n "$dry" ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+    if [ -n "$dry" ] && [ "$gpus" = 1 ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
         echo "note: on one GPU the optimizer's state stays in host memory (--offload)"
         set -- --offload "$@"
     fi

@@ -35,7 +35,7 @@ from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = {                                                # the comparison that the study is made for
+VARIANTS = {
     "GRPO": "--signals all",
     "random 45%": "--signals random --ratio 0.45",      # as many as the union of the three
     "Video-KTR": "",
@@ -45,8 +45,6 @@ MAIN = {                                                # the comparison that th
     "PAPO": "--rule lab/rules/papo.py",
     "T-GRPO": "--rule lab/rules/t_grpo.py",
     "spread weights": "--rule lab/rules/tw_grpo.py",    # TW-GRPO, but for its beta
-}
-CLAIMS = {                                              # what else the paper compares
     "random 20%": "--signals random",
     "entropy": "--signals entropy",
     "temporal": "--signals temporal",
@@ -60,7 +58,6 @@ CLAIMS = {                                              # what else the paper co
     "KTR reversed frames": "--order reverse",
     "KTR half masked": "--masking half",
 }
-VARIANTS = {**MAIN, **CLAIMS}
 CONTROLS = ("GRPO", "random 45%", "Video-KTR")          # of --rule
 OUTCOMES = ("accuracy", "learning")
 MEASURES = (*OUTCOMES, "reward", "share", "kl", "grad", "seconds")
@@ -151,15 +148,14 @@ def read_log(run: Path) -> list[dict]:
 
 def outcome(run: Path) -> dict:
     """Of one run: test accuracy, also by kind of question, and the mean accuracy of training
-    (`learning`) in percent, and ten points of its curve; over the last fifth of the steps mean
+    (`learning`) in percent, and its curve; over the last fifth of the steps mean
     reward, KL, gradient norm, share of key tokens; seconds."""
     log = read_log(run)
     late = log[-max(1, len(log) // 5):]
     scores = json.loads((run / "after" / "scores.json").read_text())["scores"]
     kinds = {name.removeprefix("kind: "): round(100 * row["strict"], 2)
              for name, row in scores.items() if name != "all"}
-    tenths = [log[len(log) * i // 10:len(log) * (i + 1) // 10] for i in range(10)]
-    curve = [100 * statistics.mean(row["accuracy"] for row in part) for part in tenths if part]
+    curve = [round(100 * row["accuracy"], 1) for row in log]
     found = {"accuracy": 100 * scores["all"]["strict"],
              "learning": 100 * statistics.mean(row["accuracy"] for row in log),
              "reward": statistics.mean(row["reward"] for row in late),
@@ -168,7 +164,7 @@ def outcome(run: Path) -> dict:
              "grad": statistics.mean(row["grad_norm"] for row in late),
              "seconds": sum(row["seconds"] for row in log)}
     found = {name: round(value, 4) for name, value in found.items()}
-    return {**found, "kinds": kinds, "curve": [round(value, 2) for value in curve]}
+    return {**found, "kinds": kinds, "curve": curve}
 
 
 def collect(variants: dict[str, str], a: argparse.Namespace) -> dict[str, dict[str, dict]]:
@@ -208,27 +204,22 @@ def compare(runs: dict[str, dict[str, dict]], names: list[str], control: str,
 
 
 def print_tables(runs: dict[str, dict[str, dict]], controls: list[str]) -> None:
-    """Means over seeds with 95% intervals, then the paired differences from each control; the main
-    rules and yours are corrected apart from the others."""
+    """Means over seeds with 95% intervals, then the paired differences from each control."""
     print(f"{'':22}seeds   accuracy        learning        reward  tokens     kl   grad  seconds")
     for name, of in runs.items():
         row = {key: interval([run[key] for run in of.values()]) for key in MEASURES}
         both = "   ".join(f"{row[key][0]:5.1f} +- {row[key][1]:4.1f}" for key in OUTCOMES)
         print(f"{name:22}{len(of):5d}   {both}  {row['reward'][0]:7.2f} {row['share'][0]:6.0f}% "
               f"{row['kl'][0]:6.3f} {row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
-    main = [name for name in runs if name in MAIN or name not in VARIANTS]
-    others = [name for name in runs if name not in main]
     for control in (name for name in controls if name in runs):
-        for names in ([name for name in group if name != control] for group in (main, others)):
-            if not names:
-                continue
-            print(f"\n{f'minus {control}':22}pairs   accuracy                  learning")
-            found = [compare(runs, names, control, measure) for measure in OUTCOMES]
-            for name in found[0][0]:
-                both = "   ".join("{mean:+5.1f} +- {half:4.1f}  p {p:5.3f}".format(**rows[name])
-                                  for rows, _ in found)
-                print(f"{name:22}{found[0][0][name]['pairs']:5d}   {both}")
-            print("\n".join(note for _, note in found))
+        names = [name for name in runs if name != control]
+        print(f"\n{f'minus {control}':22}pairs   accuracy                  learning")
+        found = [compare(runs, names, control, measure) for measure in OUTCOMES]
+        for name in found[0][0]:
+            both = "   ".join("{mean:+5.1f} +- {half:4.1f}  p {p:5.3f}".format(**rows[name])
+                              for rows, _ in found)
+            print(f"{name:22}{found[0][0][name]['pairs']:5d}   {both}")
+        print("\n".join(note for _, note in found))
     print("\n+-: 95% intervals over seeds. p: paired t, Holm's correction for the lines of a block")
 
 
