@@ -83,7 +83,11 @@ recipe() {
 
 case "${1:-toy}" in
     7b) shift; recipe "$@" ;;
-    rule) shift; HF_HUB_OFFLINE=1 exec "$PY" -m lab.study --rule "$@" ;;
+    rule)
+        shift
+        [ -f "${1:-}" ] || { echo "error: rule '${1:-}': no such file; bash train.sh rule FILE" >&2; exit 2; }
+        HF_HUB_OFFLINE=1 exec "$PY" -m lab.study --rule "$@"
+        ;;
     toy) [ $# = 0 ] || shift; toy "$@" ;;
-    *) echo "usage: bash train.sh [toy|7b] [options of ktr.py], or rule FILE" >&2; exit 2 ;;
+    *) echo "usage: bash train.sh, or bash train.sh toy|7b [options of ktr.py], or bash train.sh rule FILE" >&2; exit 2 ;;
 esac
