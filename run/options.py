@@ -134,7 +134,10 @@ def load_rule(file: str) -> list[str]:
         raise SystemExit(f"error: --rule {file}: no such Python file")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     rule = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rule)
+    try:
+        spec.loader.exec_module(rule)
+    except (SyntaxError, ImportError) as error:
+        raise SystemExit(f"error: --rule {file}: {type(error).__name__}: {error}") from None
     return shlex.split(getattr(rule, "OPTIONS", ""))
 
 

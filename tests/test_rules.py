@@ -58,6 +58,16 @@ def test_a_rules_options_hold_unless_given(tmp_path):
         parse(["--model", "m", "--data", "d", "--rule", "none.py"])
 
 
+@pytest.mark.parametrize("text, why", [
+    ("def (:", "SyntaxError: .*line 1"),
+    ("import attributionn", "ModuleNotFoundError: .*attributionn"),
+])
+def test_a_rules_file_with_a_slip_is_one_line(text, why, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit, match=f"error: --rule .*mine.py: {why}"):
+        parse(["--model", "m", "--data", "d", "--rule", str(tmp_path / "mine.py")])
+
+
 @pytest.mark.parametrize("option", ["weighting", "advantage", "penalty", "bonus", "signals"])
 def test_a_name_that_nobody_registered(option, checkpoint_folder, world, tmp_path):
     with pytest.raises(SystemExit, match=f"unknown {option.removesuffix('s')} 'mine'; known: "):

@@ -163,6 +163,11 @@ def test_fewer_gpus_than_processes(checkpoint_folder, world, tmp_path, monkeypat
     assert "8 processes on this machine but only 2 GPUs" in message
 
 
+def test_a_model_folder_that_is_not_there(world, tmp_path):
+    message = refuse(tmp_path / "model", world / "train.json", tmp_path)
+    assert f"{tmp_path / 'model'}: no such folder" in message
+
+
 def test_a_size_that_is_not_there(world, tmp_path):
     message = refuse("random:4b", world / "train.json", tmp_path)
     assert "random:4b: no such size; known: 3b, 7b, 32b" in message
