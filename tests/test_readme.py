@@ -25,7 +25,7 @@ def test_your_own_rule(checkpoint_folder, world, tmp_path):
     text = section("Your own rule")
     (rule,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in rule.splitlines() if line.strip()]) <= 10
-    name = re.search(r"`--rule (.*?)`", text).group(1)
+    name = re.search(r"--rule (\S+?)`", text).group(1)
     (tmp_path / name).write_text(rule)
     more = ["--max_steps", "3", "--prompts_per_step", "2", "--rule", tmp_path / name]
     ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, *more)))
