@@ -38,8 +38,10 @@ toy() {
 }
 
 recipe() {
-    local dry= gpus nproc run
-    gpus=$("$PY" -c 'import torch; print(torch.cuda.device_count())')
+    local dry= asked gpus nproc run
+    asked=$("$PY" -c 'import inspect, torch, torch.distributed.run as run
+print(torch.cuda.device_count(), "--shutdown-timeout" in inspect.getsource(run))')
+    gpus=${asked% *}
     if [ "$gpus" = 0 ] && [ "${DEVICE:-}" != cpu ]; then
         echo "error: no GPU found; the 7B recipe needs some (MODEL=cold_start DEVICE=cpu tries it with a tiny model)" >&2
         exit 1
@@ -69,7 +71,7 @@ recipe() {
     fi
     # a checkpoint of the 7B can take longer to write than the 30 s that torchrun leaves after
     # SIGTERM (torch 2.13 lets us say)
-    [[ "$("${run[@]}" --help)" != *--shutdown-timeout* ]] || run+=(--shutdown-timeout 900)
+    [[ $asked != *True ]] || run+=(--shutdown-timeout 900)
     trap 'kill -TERM "$child"' TERM INT             # torchrun hands it on; every rank saves and leaves
     "${run[@]}" ktr.py "$@" & child=$!
     wait "$child" || wait "$child"                  # a signal ends the first wait
