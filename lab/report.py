@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import BadRecord, Limits, load_media
+from lab.stats import interval
 
 LIMIT, POINTS = 20_000_000, 1000                    # bytes of a page, points of a curve
 THUMBNAILS = Limits(max_frames=6, max_pixels=24 * 28 * 28, image_pixels=60 * 28 * 28)
@@ -98,6 +99,20 @@ def read_run(folder: Path) -> dict:
         notes.append(f"{path}: {error}")
     return {"steps": len(rows), "log": log, "smooth": {x: smooth(ys) for x, ys in log.items()},
             "samples": samples, "options": options, "notes": notes}
+
+
+def over_seeds(runs: list[dict]) -> dict:
+    """Curves of one rule's runs, from `read_run`: means of all, and around the smoothed ones their
+    95% interval, "band": {column: (lower, upper)}."""
+    curves = {"log": {}, "smooth": {}, "band": {}}
+    for name in runs[0]["log"]:
+        for kind in ("log", "smooth"):
+            steps = list(zip(*(run[kind].get(name, []) for run in runs)))
+            spans = [interval([y for y in ys if y is not None] or [math.nan]) for ys in steps]
+            curves[kind][name] = [number(mean) for mean, _ in spans]
+        curves["band"][name] = ([number(mean - half) for mean, half in spans],
+                                [number(mean + half) for mean, half in spans])
+    return curves
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -262,8 +277,8 @@ def build(content: dict, limit: int = LIMIT) -> str:
 
 def plot(runs: list[dict], names: list[str], page: Path) -> None:
     """A panel for each column, a line for each run, as SVG and PNG beside the page; needs
-    matplotlib. runs: {"name", "log": {column: values}, "smooth": the same, and maybe "band":
-    {column: (lower, upper values)}}."""
+    matplotlib. runs: {"name", "log": {column: values}, "smooth": the same, and maybe the "band" of
+    `over_seeds`}."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -284,7 +299,9 @@ def plot(runs: list[dict], names: list[str], page: Path) -> None:
             panel.plot(steps, raw, alpha=0.25, linewidth=0.8, **look)
             panel.plot(steps, smoothed, linewidth=1.6, label=run["name"], **look)
             if "band" in run:
-                panel.fill_between(steps, *run["band"][name], color=look["color"], alpha=0.12)
+                lower, upper = ([math.nan if y is None else y for y in edge]
+                                for edge in run["band"].get(name, ([], [])))
+                panel.fill_between(steps, lower, upper, color=look["color"], alpha=0.12)
     if len(runs) > 1:
         lines = axes[0, 0].get_legend_handles_labels()
         figure.legend(*lines, loc="outside lower center", ncols=4)

@@ -62,19 +62,25 @@ def look(name: str, o: Options, model, processor, world: str, questions: int):
     return rows, counts
 
 
-def page(file: Path, runs: list[Path], a: argparse.Namespace, questions: int = 64) -> None:
+def page(file: Path, runs: dict[str, list[Path]], a: argparse.Namespace,
+         questions: int = 64) -> None:
     """After study `a`: print what a rule's tokens are and the passes it costs, by the model of its
-    first run (runs[0]), and their share of the gradient in a.model; write the page of the runs."""
-    name, final = file.stem, str(runs[0] / "final")
-    o = parse(["--model", final, "--data", f"{a.world}/train.json", "--max_new_tokens", "64",
-               "--rule", str(file)])
+    first seed, and their share of the gradient in a.model; write the page of `runs`, the seeds of
+    the rule and of its controls."""
+    name, first = file.stem, runs[file.stem][0]
+    final = str(first / "final")
+    o = parse(["--model", final, "--data", f"{a.world}/train.json",
+               "--max_new_tokens", str(a.max_new_tokens), "--rule", str(file)])
     attribution_table(final, Path(a.world), questions, rules={name: o})
     gradient_analysis(a.model, a.world, questions, rules={"Video-KTR": Options(), name: o})
     rows, passes = look(name, o, *policy.load(final), a.world, min(8, questions))
     print("passes a step, the reference's apart:",
           ", ".join(f"{n} {kind}" for kind, n in passes.items()))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (runs[0] / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    (first / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    content = report.content_of([seeds[0] for seeds in runs.values()])
+    for shown, (rule, seeds) in zip(content["runs"], runs.items()):
+        shown |= {"name": rule, **report.over_seeds([report.read_run(seed) for seed in seeds])}
     out = Path(a.out, f"{name}.html")
-    out.write_text(report.build(report.content_of(runs)), encoding="utf-8")
-    print(f"page: {out}")
+    out.write_text(report.build(content), encoding="utf-8")
+    print(f"page, with means over seeds and their 95% intervals: {out}")

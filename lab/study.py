@@ -83,6 +83,11 @@ def commands_of(run: Path, seed: int, options: str, a: argparse.Namespace) -> li
     return [train, test]
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": ""}                 # a tiny model is no faster on a GPU
+
+
 def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace,
                    until: float = math.inf) -> bool:
     """One run and its test score, left alone if they are there already. False: it was ended at the
@@ -99,12 +104,10 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace,
         return True
     run.mkdir(parents=True, exist_ok=True)
     made_by.write_text(json.dumps(commands + rules))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                   "CUDA_VISIBLE_DEVICES": ""}          # a tiny model is no faster on a GPU
     for command in commands:
         left = None if until == math.inf else max(0.0, until - time.monotonic())
         try:
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(),
                                   capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
             return False
@@ -119,7 +122,7 @@ def try_one_step(options: str, a: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         train, _ = commands_of(Path(folder), 0, options, a)
         done = subprocess.run([sys.executable, *train, "--max_steps", "1", "--save_every", "0"],
-                              cwd=ROOT, capture_output=True, text=True)
+                              cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit((done.stdout + done.stderr).strip().splitlines()[-1])
 
@@ -270,7 +273,11 @@ def main() -> None:
         Path(a.out, "study.json").write_text(json.dumps(saved, default=str))
     print_tables(runs, a.controls)
     if a.rule:
-        page(a.rule, [folder_of(a.out, name, 0) for name in (a.rule.stem, *only)], a)
+        seeds = {name: [folder_of(a.out, name, int(seed)) for seed in runs.get(name, ())]
+                 for name in (a.rule.stem, *only)}
+        if not seeds[a.rule.stem]:
+            raise SystemExit("no run of the rule is finished: again, with more --minutes")
+        page(a.rule, {name: of for name, of in seeds.items() if of}, a)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from argparse import Namespace
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from conftest import plain_logp
 
 import ktr
-from lab import gradients, stats, study
+from lab import gradients, report, stats, study
 from lab.stats import detectable, holm, interval, p_value, quantile
 from lab.study import outcome
 from policy import sample
@@ -214,13 +215,14 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     monkeypatch.setattr(study, "page", partial(study.page, questions=2))
     monkeypatch.setattr(study, "try_one_step", lambda *_: None)
     monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
-    hand_made(tmp_path, "GRPO", 0, 0.25, rewards=(0.0, 1.0))
-    trained = hand_made(tmp_path, "late", 0, 0.5, rewards=(0.0, 1.0))
-    (trained / "final").symlink_to(checkpoint_folder)
+    for seed, rewards in enumerate([(0.0, 1.0), (1.0, 0.0)]):
+        hand_made(tmp_path, "GRPO", seed, 0.25, rewards)
+        hand_made(tmp_path, "late", seed, 0.5, rewards)
+    (tmp_path / "late" / "seed-0" / "final").symlink_to(checkpoint_folder)
     file = tmp_path / "late.py"
     file.write_text(RULE)
-    command = ["--rule", file, "--only", "GRPO", "--seeds", 1, "--steps", 2, "--world", world,
-               "--model", checkpoint_folder, "--out", tmp_path]
+    command = ["--rule", file, "--only", "GRPO", "--seeds", 2, "--steps", 2, "--world", world,
+               "--model", checkpoint_folder, "--out", tmp_path, "--max_new_tokens", 8]
     run_study(monkeypatch, *command)
     printed = capsys.readouterr().out
     assert "passes a step, the reference's apart: 1 sampling, 1 with gradient" in printed
@@ -233,7 +235,14 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     for completion in (c for row in rows for c in row["completions"]):
         weights, n = completion["signals"]["late"], len(completion["tokens"])
         assert weights == list(range(n)) and set(completion["signals"]) >= {"visual", "entropy"}
-    assert "late" in (tmp_path / "late.html").read_text()
+    page = (tmp_path / "late.html").read_text()
+    content = json.loads(re.search(r'id="data">(.*)</script>', page)[1])
+    shown = {run["name"]: run for run in content["runs"]}
+    assert list(shown) == ["late", "GRPO"]
+    assert shown["GRPO"]["log"]["reward"] == [0.5, 0.5]                 # the mean of two seeds
+    half = quantile(0.975, 1) * 0.5                     # their deviation is sqrt(1/2), over sqrt 2
+    edges = [[report.number(0.5 - half)] * 2, [report.number(0.5 + half)] * 2]
+    assert shown["GRPO"]["band"]["reward"] == edges
 
 
 def test_a_rule_that_has_changed_is_not_taken_for_the_old_one(tmp_path, monkeypatch):
