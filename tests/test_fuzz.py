@@ -1,15 +1,16 @@
-"""A short, seeded run of lab/fuzz.py; `python -m lab.fuzz` is the long one, also on real clips."""
+"""A short, seeded run of fuzz.py; `python -m tests.fuzz` is the long one, also on real clips."""
 
 from collections import Counter
 from random import Random
 
+import fuzz
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 from data import BadRecord, loader
-from lab import fuzz, toy
+from lab import toy
 
 
 @pytest.fixture

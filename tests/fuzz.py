@@ -1,6 +1,6 @@
 """Fuzz: from untidy records and damaged files nothing comes out but a prompt or one clear line.
 
-    python -m lab.fuzz DIR toy_world/train/*    files that end or hold up a decoder stay in DIR
+    python -m tests.fuzz DIR toy_world/train/*    files that end or hold up a decoder stay in DIR
 """
 
 import argparse
