@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lab import report
 from lab.gradients import gradient_analysis
 from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
@@ -272,12 +273,14 @@ def main() -> None:
         saved = {"options": vars(a), "variants": variants, "runs": runs}
         Path(a.out, "study.json").write_text(json.dumps(saved, default=str))
     print_tables(runs, a.controls)
+    seeds = {name: [folder_of(a.out, name, int(seed)) for seed in of] for name, of in runs.items()}
+    drawn = [{"name": name, **report.over_seeds(list(map(report.read_run, of)))}
+             for name, of in seeds.items()]
+    report.plot(drawn, ["accuracy", "reward", "kl", "grad_norm"], Path(a.out, "study.html"))
+    if a.rule and not seeds.get(a.rule.stem):
+        raise SystemExit("no run of the rule is finished: again, with more --minutes")
     if a.rule:
-        seeds = {name: [folder_of(a.out, name, int(seed)) for seed in runs.get(name, ())]
-                 for name in (a.rule.stem, *only)}
-        if not seeds[a.rule.stem]:
-            raise SystemExit("no run of the rule is finished: again, with more --minutes")
-        page(a.rule, {name: of for name, of in seeds.items() if of}, a)
+        page(a.rule, {name: seeds[name] for name in (a.rule.stem, *only) if name in seeds}, a)
 
 
 if __name__ == "__main__":
