@@ -3,12 +3,15 @@ reference.
 
     python -m bench.trl             needs trl, datasets, accelerate; bench/results/trl.json
 
-The same setting of ours is `python -m bench.engine plain lengths`. Gradient checkpointing and bf16
-as there; SGD in place of AdamW, whose state would not fit (the optimizer is left out of our
-figures). Rewards are random. Steps 2, 3: 512 tokens each. Step 4: rows end after 100 to 512
-tokens, drawn as in bench.engine.
+Ours in the same setting (`python -m bench.engine plain lengths`) is measured just before, on the
+same machine, and written beside it. Gradient checkpointing and bf16 as there; SGD in place of
+AdamW, whose state would not fit (the optimizer is left out of our figures). Rewards are random.
+Steps 2, 3: 512 tokens each. Step 4: rows end after 100 to 512 tokens, drawn as in bench.engine.
 """
 
+import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -58,8 +61,11 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
+    subprocess.run([sys.executable, "-m", "bench.engine", "plain", "lengths"], cwd=ROOT, check=True)
     path = ROOT / "bench" / "results" / "trl.json"
+    ours = json.loads(path.with_name("engine.json").read_text())
     results = new_results(path)
+    note(results, path, ours={name: ours[name] for name in ("plain_image", "lengths_plain_image")})
     tokenizer = blank.tokenizer()
     tokenizer.padding_side = "left"
     model = blank.model("random:7b", tokenizer, DEVICE, torch.bfloat16)
