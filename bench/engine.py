@@ -7,7 +7,8 @@ bench/results/engine.json.
     plain     plain GRPO of one image of 1,008 tokens, no reference: the setting of bench.trl
     ours      the recipe's step with one prompt of 16 frames, optimizer left out; four: with four
     lengths   ours, with completions of 100 to 512 tokens (fixed seed) in place of 512 each
-    memory    peaks for 80 GB cards: 16 and 64 frames, beside an eighth of the optimizer's state
+    memory    peaks for 80 GB cards: 16 and 64 frames, beside the gradients that DDP keeps and an
+              eighth of the optimizer's state
     offload   real steps with the optimizer's state in host memory
     families  a step of Qwen2-VL-7B and of Qwen3-VL-8B
     usual     generate, then forwards with the prompt repeated and logits everywhere
@@ -69,6 +70,7 @@ class Bench:
 
     def __init__(self, path):
         self.results, self.path = new_results(path), path
+        self.as_under_ddp = False  # its buckets hold the gradients for good
         self.note = partial(note, self.results, path)
         begun = time.perf_counter()
         self.take("random:7b")
@@ -137,7 +139,7 @@ class Bench:
         if optimizer:
             optimizer.grad_norm()
             optimizer.step(1e-6)
-        self.scorer.zero_grad(set_to_none=True)
+        self.scorer.zero_grad(set_to_none=not self.as_under_ddp)
         clock("step")
         return {**clock.seconds, "total": sum(clock.seconds.values())}
 
@@ -178,6 +180,7 @@ class Bench:
             **{
                 f"decode_{N * G}": {
                     "s_per_token": per,
+                    "floor_s_per_token": self.floor,
                     "over_floor": per / self.floor,
                     "first_call_s": first,
                     "share_of_measured_bandwidth": self.floor / per,
@@ -219,8 +222,12 @@ class Bench:
         self.take("random:7b")
 
     def memory(self, name: str, frames: int, pixels: int) -> None:
-        """Peak of a step of 768 tokens beside the state that one rank of eight holds."""
+        """Peak of a step of 768 tokens beside the state and the gradients that one rank of eight
+        holds."""
         self.forget()
+        self.as_under_ddp = True
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
         state = torch.zeros(
             12 * sum(p.numel() for p in self.model.parameters()) // 8,
             dtype=torch.uint8,
@@ -230,6 +237,8 @@ class Bench:
         prompt = new_prompt(self.processor, frames, side, side, pixels)
         found = self.steps(options("--max_new_tokens", "768"), [prompt], 1)
         reserved = torch.cuda.max_memory_reserved() / 2**30
+        self.as_under_ddp = False
+        self.scorer.zero_grad(set_to_none=True)
         self.note(
             **{
                 name: {
