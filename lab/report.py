@@ -102,17 +102,31 @@ def read_run(folder: Path) -> dict:
 
 
 def over_seeds(runs: list[dict]) -> dict:
-    """Curves of one rule's runs, from `read_run`: means of all, and around the smoothed ones their
-    95% interval, "band": {column: (lower, upper)}."""
-    curves = {"log": {}, "smooth": {}, "band": {}}
-    for name in runs[0]["log"]:
-        for kind in ("log", "smooth"):
-            steps = list(zip(*(run[kind].get(name, []) for run in runs)))
-            spans = [interval([y for y in ys if y is not None] or [math.nan]) for ys in steps]
-            curves[kind][name] = [number(mean) for mean, _ in spans]
-        curves["band"][name] = ([number(mean - half) for mean, half in spans],
-                                [number(mean + half) for mean, half in spans])
-    return curves
+    """One run out of those of `read_run` that differ in their seed: curves are means over the steps
+    that all have, "band" is {column: (lower, upper)}, the 95% interval around the smoothed ones.
+    The rest is the first one's, and a note says so."""
+    steps = sorted(set.intersection(*(set(run["log"]["step"]) for run in runs)))
+    names = list(dict.fromkeys(name for run in runs for name in run["log"]))
+
+    def spans(kind: str, name: str) -> list[tuple[float, float]]:
+        columns = [dict(zip(run["log"]["step"], run[kind].get(name, []))) for run in runs]
+        values = [[column.get(step) for column in columns] for step in steps]
+        return [(math.nan, math.nan) if None in ys else interval(ys) for ys in values]
+
+    log, means, band = {}, {}, {}
+    for name in names:
+        log[name] = [number(mean) for mean, _ in spans("log", name)]
+        around = spans("smooth", name)
+        means[name] = [number(mean) for mean, _ in around]
+        band[name] = ([number(mean - half) for mean, half in around],
+                      [number(mean + half) for mean, half in around])
+    log["step"] = steps
+    others = [note for run in runs[1:] for note in run["notes"] if "no such file" not in note]
+    notes = [*runs[0]["notes"], *others]
+    notes.append(f"{len(runs)} seeds: curves are their means, shades their 95% intervals; samples "
+                 "and tables are the first one's")
+    return {**runs[0], "steps": len(steps), "log": log, "smooth": means, "band": band,
+            "notes": notes}
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -192,20 +206,25 @@ def groups_of(names: list[str]) -> dict[str, list[str]]:
     return {title: group for title, group in present.items() if group}
 
 
-def content_of(folders: list[Path]) -> dict:
-    """All that a page could show, without the clips."""
+def named(folders: list[Path]) -> list[dict]:
+    """The runs of some folders, named by what their paths differ in."""
     base = os.path.commonpath([folder.resolve().parent for folder in folders])
-    runs = [{"name": os.path.relpath(x.resolve(), base), **read_run(x)} for x in folders]
+    return [{"name": os.path.relpath(x.resolve(), base), **read_run(x)} for x in folders]
+
+
+def content_of(runs: list[dict]) -> dict:
+    """All that a page of named runs could show, without the clips."""
     tables, notes, values = [], [], {}
     for run in runs:
         notes += run["notes"]
         for title, *rest in sample_tables(run["samples"]):
-            tables.append((f"{title} ({run['name']})" if len(folders) > 1 else title, *rest))
+            tables.append((f"{title} ({run['name']})" if len(runs) > 1 else title, *rest))
         for name, ys in run["log"].items():
             values.setdefault(name, set()).update(y for y in ys if y is not None)
     constant = [f"{x} {min(ys)}" for x, ys in values.items() if len(ys) == 1 and x != "step"]
     return {"runs": runs, "signals": SIGNALS, "colours": COLOURS, "clips": {},
-            "tables": tables + option_tables(runs), "constant": constant, "notes": notes,
+            "tables": tables + option_tables(runs), "constant": constant,
+            "notes": list(dict.fromkeys(notes)),
             "groups": groups_of([name for name, ys in values.items() if len(ys) > 1])}
 
 
@@ -316,7 +335,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders that ktr.py wrote")
     parser.add_argument("--out", type=Path, help="the page (default: in the first folder)")
     a = parser.parse_args()
-    out, content = a.out or a.runs[0] / "report.html", content_of(a.runs)
+    out, content = a.out or a.runs[0] / "report.html", content_of(named(a.runs))
     out.write_text(build(content), encoding="utf-8")
     print(f"page: {out}")
     groups = [group for title, group in content["groups"].items() if title != "Everything else"]

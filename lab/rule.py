@@ -78,9 +78,8 @@ def page(file: Path, runs: dict[str, list[Path]], a: argparse.Namespace,
           ", ".join(f"{n} {kind}" for kind, n in passes.items()))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (first / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    content = report.content_of([seeds[0] for seeds in runs.values()])
-    for shown, (rule, seeds) in zip(content["runs"], runs.items()):
-        shown |= {"name": rule, **report.over_seeds([report.read_run(seed) for seed in seeds])}
+    shown = [{**report.over_seeds(list(map(report.read_run, seeds))), "name": rule}
+             for rule, seeds in runs.items()]
     out = Path(a.out, f"{name}.html")
-    out.write_text(report.build(content), encoding="utf-8")
-    print(f"page, with means over seeds and their 95% intervals: {out}")
+    out.write_text(report.build(report.content_of(shown)), encoding="utf-8")
+    print(f"page: {out}")

@@ -274,13 +274,14 @@ def main() -> None:
         Path(a.out, "study.json").write_text(json.dumps(saved, default=str))
     print_tables(runs, a.controls)
     seeds = {name: [folder_of(a.out, name, int(seed)) for seed in of] for name, of in runs.items()}
-    drawn = [{"name": name, **report.over_seeds(list(map(report.read_run, of)))}
+    drawn = [{**report.over_seeds(list(map(report.read_run, of))), "name": name}
              for name, of in seeds.items()]
     report.plot(drawn, ["accuracy", "reward", "kl", "grad_norm"], Path(a.out, "study.html"))
     if a.rule and not seeds.get(a.rule.stem):
         raise SystemExit("no run of the rule is finished: again, with more --minutes")
     if a.rule:
-        page(a.rule, {name: seeds[name] for name in (a.rule.stem, *only) if name in seeds}, a)
+        order = [a.rule.stem, *variants]
+        page(a.rule, {name: seeds[name] for name in order if name in seeds}, a)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 from lab import report, toy
+from lab.stats import quantile
 from run.logs import METRICS, Clock, Log
 from run.options import parse
 
@@ -63,7 +64,7 @@ def write_run(folder, *more, steps=4, samples=()):
 
 
 def page_of(*folders, limit=report.LIMIT):
-    content = report.content_of(list(folders))
+    content = report.content_of(report.named(list(folders)))
     return report.build(content, limit), content
 
 
@@ -147,7 +148,7 @@ def test_missing_files_are_noted_and_a_folder_without_a_log_is_an_error(tmp_path
     _, content = page_of(run)
     assert content["runs"][0]["steps"] == 0 and len(content["notes"]) == 2
     with pytest.raises(SystemExit, match="no log.jsonl; is it the folder of a run"):
-        report.content_of([tmp_path])
+        report.named([tmp_path])
 
 
 def test_clips_that_cannot_be_shown_say_why(tmp_path):
@@ -294,3 +295,23 @@ def test_the_page_in_a_browser(tmp_path):
     assert found["steps"] == ["2 (1 of 2)", "3 (2 of 2)", "1 (1 of 1)"] and found["kept"] == 1
     assert ["reward", 2] in found["curves"] and ["overlap", 2] in found["curves"]       # a raw line
     assert {"Words: visual (a)", "Overlap (b)", "All options"} <= set(found["tables"])  # each run
+
+
+# ------------------------------------------------------------------------------------------- seeds
+def test_seeds_are_averaged_step_by_step(tmp_path):
+    """Where one lacks a step, a column or a value there is none; one seed has no interval."""
+    logs = [[{"step": 1, "kl": 1.0, "lr": 5.0}, {"step": 2, "kl": 2.0, "lr": 5.0},
+             {"step": 3, "kl": 3.0, "lr": 5.0}],
+            [{"step": 1, "kl": 3.0}, {"step": 3, "kl": None}]]
+    runs = []
+    for seed, rows in enumerate(logs):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs.append(report.read_run(folder))
+    both, one = report.over_seeds(runs), report.over_seeds(runs[:1])
+    assert both["log"] == {"step": [1, 3], "kl": [2.0, None], "lr": [None, None]}
+    assert both["steps"] == 2
+    half = quantile(0.975, 1)                           # deviation sqrt 2, over sqrt 2
+    assert both["band"]["kl"] == ([report.number(2 - half), None], [report.number(2 + half), None])
+    assert one["log"]["kl"] == [1.0, 2.0, 3.0] and one["band"]["kl"] == ([None] * 3, [None] * 3)
