@@ -1,10 +1,11 @@
 # Sourced by train.sh and test.sh: $PY becomes a Python that has the packages, that of .venv if need be.
 PY=${PYTHON:-python3}
 "$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (PYTHON=...)" >&2; exit 1; }
-ready='from importlib import metadata, util
-names = "decord numpy PIL pytest rouge_score xdist tqdm torch transformers".split()
-assert all(map(util.find_spec, names)), [name for name in names if not util.find_spec(name)]
+# (torch and transformers are not imported for it: that takes seconds)
+ready='import decord, numpy, PIL, pytest, rouge_score, tqdm, xdist
+from importlib import metadata, util
 for name, least in {"torch": (2, 11), "transformers": (5, 17)}.items():
+    assert util.find_spec(name), f"{name} is missing"
     assert (*map(int, metadata.version(name).split(".")[:2]),) >= least, f"{name} is too old"'
 if ! "$PY" -c "$ready" 2>/dev/null; then
     [ -x .venv/bin/python ] || "$PY" -m venv .venv

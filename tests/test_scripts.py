@@ -1,6 +1,7 @@
 """train.sh 7b as a lab runs it, with a tiny model in place of the 7B: one node, two nodes, a dry
 run, and what it refuses."""
 
+import inspect
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT
 from test_ktr import log_of, weights_of
 
@@ -18,7 +20,7 @@ from stream import preflight
 
 TINY = ["--dtype", "float32", "--max_new_tokens", "8", "--G", "2", "--workers", "0", "--lr", "1e-3"]
 PYTHON = '''#!/bin/sh
-[ "$1" != -c ] || {{ echo 0; exit; }}
+[ "$1" != -c ] || {{ echo 0 {}; exit; }}
 exec "{}" "$@"
 '''
 
@@ -28,7 +30,8 @@ def python(tmp_path_factory):
     """This Python, which answers train.sh's questions about packages and GPUs (-c ...) at once:
     they take seconds."""
     path = tmp_path_factory.mktemp("python") / "python"
-    path.write_text(PYTHON.format(sys.executable))
+    waits = "--shutdown-timeout" in inspect.getsource(torch.distributed.run)
+    path.write_text(PYTHON.format(waits, sys.executable))
     path.chmod(0o755)
     return path
 
@@ -104,7 +107,7 @@ def test_the_script_refuses_in_one_line(python, checkpoint_folder, world, tmp_pa
         code, out, err = finish(process)
         (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
         assert code == 1 and says in line and "Traceback" not in err, (says, out, err)
-        assert not out.replace("0\n", ""), out
+        assert not out.replace("0 True\n", "").replace("0 False\n", ""), out
     assert not (tmp_path / "out").exists()                      # nothing was begun
     code, _, err = finish(train(python, "8b"))
     assert code == 2 and err.startswith("usage: ")
@@ -180,3 +183,20 @@ def test_an_incomplete_model_folder(checkpoint_folder, world, tmp_path, gone):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder, folder, ignore=shutil.ignore_patterns(gone))
     assert str(folder) in refuse(folder, world / "train.json", tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------- the Python
+def test_a_python_with_an_old_torch_is_passed_over(tmp_path):
+    """For the one of .venv, here a stand-in that is content with everything."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    stand_in = tmp_path / ".venv" / "bin" / "python"
+    stand_in.write_text("#!/bin/sh\n")
+    stand_in.chmod(0o755)
+    old = tmp_path / "packages" / "torch-2.9.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n")
+    script = f". {ROOT}/run/env.sh; echo $PY"
+    chosen = [subprocess.run(["bash", "-ec", script], cwd=tmp_path, text=True, check=True,
+                             capture_output=True, env={**os.environ, "PYTHON": sys.executable, **more})
+              .stdout.strip() for more in ({}, {"PYTHONPATH": str(old.parent)})]
+    assert chosen == [sys.executable, ".venv/bin/python"]
