@@ -223,11 +223,36 @@ def test_frozen_parts_stay_and_the_others_are_trained(run, checkpoint_folder, tm
 
 
 # -------------------------------------------------------------------------------- several processes
+WATCHED = '''
+import sys
+sys.path.insert(0, {root!r})
+import ktr
+from run.distributed import leave
+from run.options import parse
+begin, step, places = ktr.begin, ktr.ShardedAdamW.step, []
+def place(optimizer):
+    return [p.grad.data_ptr() for p in optimizer.params]
+def begun(*arguments):
+    run = begin(*arguments)
+    places.append(place(run.optimizer))
+    return run
+def stepped(optimizer, *arguments):
+    assert place(optimizer) == places[0], "DDP has made new buckets beside the old ones"
+    step(optimizer, *arguments)
+ktr.begin, ktr.ShardedAdamW.step = begun, stepped
+ktr.main(parse())
+leave()
+'''
+
+
 def test_two_processes_make_the_update_of_one(whole_run, checkpoint_folder, world, tmp_path):
-    """The same prompts per step over two ranks: the same completions, losses and weights."""
+    """The same prompts per step over two ranks: the same completions, losses and weights. Gradients
+    stay where they were when the run began."""
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED.format(root=str(ROOT)))
     more = [*WHOLE, "--prompts_per_step", 1]
     command = arguments(checkpoint_folder, world, tmp_path, *more)
-    code, out = finish(start([*torchrun(2), *command]))
+    code, out = finish(start([*torchrun(2, script), *command]))
     assert code == 0, out
     for a, b in zip(log_of(whole_run), log_of(tmp_path), strict=True):
         for name in ("reward", "length", "loss", "kl", "key_share", "grad_norm", "entropy"):

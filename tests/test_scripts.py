@@ -196,7 +196,9 @@ def test_a_python_with_an_old_torch_is_passed_over(tmp_path):
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n")
     script = f". {ROOT}/run/env.sh; echo $PY"
-    chosen = [subprocess.run(["bash", "-ec", script], cwd=tmp_path, text=True, check=True,
-                             capture_output=True, env={**os.environ, "PYTHON": sys.executable, **more})
-              .stdout.strip() for more in ({}, {"PYTHONPATH": str(old.parent)})]
+    chosen = []
+    for more in ({}, {"PYTHONPATH": str(old.parent)}):
+        environment = {**os.environ, "PYTHON": sys.executable, **more}
+        chosen.append(subprocess.check_output(["bash", "-ec", script], cwd=tmp_path, text=True,
+                                              env=environment).strip())
     assert chosen == [sys.executable, ".venv/bin/python"]
