@@ -89,8 +89,9 @@ def check_memory(o: Options) -> None:
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if needed > 0.9 * there:                                    # the rest is for activations
         raise SystemExit(
-            f"error: each GPU needs {needed:.0f} GiB beside activations and has {there:.0f}; take more, "
-            f"or --offload ({12 * weights / 1e9:.0f} GB go to the host's memory), or --beta 0")
+            f"error: each GPU needs {needed:.0f} GiB beside activations and has {there:.0f}; take "
+            f"more GPUs, or --offload ({12 * weights / 1e9:.0f} GB go to the host's memory), or "
+            f"--beta 0")
 
 
 def limits_of(o: Options) -> Limits:
