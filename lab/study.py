@@ -58,6 +58,13 @@ VARIANTS = {
     "KTR JS distance": "--distance js",
     "KTR reversed frames": "--order reverse",
     "KTR half masked": "--masking half",
+    "KTR / selected": "--normalize selected",           # the release's divisor
+    "random 45% / selected": "--signals random --ratio 0.45 --normalize selected",
+    "PGPO's weights": "--rule lab/rules/pgpo.py",
+    "weights per signal": "--rule lab/rules/per_signal.py",
+    "Dr. GRPO": "--rule lab/rules/dr_grpo.py",
+    "DAPO": "--rule lab/rules/dapo.py",
+    "entropy 80/20": "--rule lab/rules/entropy_80_20.py",
 }
 CONTROLS = ("GRPO", "random 45%", "Video-KTR")          # of --rule
 OUTCOMES = ("accuracy", "learning")
