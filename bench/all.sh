@@ -13,5 +13,12 @@ measure bench.engine usual
 measure bench.engine memory
 measure bench.evaluation
 measure bench.engine offload    # 99.5 GB of host memory
-bash test.sh --gpu >bench/results/tests_gpu.txt 2>&1 || failed+=" 'test.sh --gpu'"
+{
+    echo "command: bash test.sh --gpu"
+    echo "commit: ${COMMIT:-$(git rev-parse HEAD)}"
+    nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
+    "$PY" -c 'import platform, torch, transformers as t; print("torch", torch.__version__,
+        "transformers", t.__version__, "Python", platform.python_version())'
+    bash test.sh --gpu
+} >bench/results/tests_gpu.txt 2>&1 || failed+=" 'test.sh --gpu'"
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
