@@ -208,7 +208,7 @@ def compare(runs: dict[str, dict[str, dict]], names: list[str], control: str,
     if not several:
         return rows, ""
     noise = statistics.median(statistics.stdev(values) for values in several)
-    n, m = min(len(values) for values in several), len(names)
+    n, m = statistics.median_low(map(len, several)), len(names)
     alone, among = detectable(noise, n), detectable(noise, n, 0.05 / m)
     return rows, (f"{measure}: median deviation of a pair {noise:.1f}; found with {n} pairs and "
                   f"80% power: {alone:.1f} points alone, {among:.1f} among {m}")
