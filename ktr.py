@@ -228,9 +228,9 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
         ids = [device.index] if device.type == "cuda" else None
         scorer = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True,
                                          broadcast_buffers=False)
-        for _ in range(2):              # from now on gradients live in DDP's buckets: accumulated,
-            scorer.zero_grad()          # they would else be held twice. The second time, since DDP
-            scorer([], []).backward()   # makes new buckets after the first backward
+        for _ in range(2):              # from now on gradients live in DDP's buckets, or they would
+            scorer.zero_grad()          # be held twice. The second forward makes these anew, and
+            scorer([], []).backward()   # keeps the old ones while there are gradients in them
         optimizer.zero_grad()
 
     options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# bash bench/all.sh     every figure under bench/results again, on one GPU: about 30 minutes of an H200.
-# Each line adds to its file if this commit and GPU wrote it, and begins it anew otherwise.
+# bash bench/all.sh     every figure under bench/results again, on one GPU: 30 minutes of an H200.
+# The lines can be run one by one; each adds to its file if this commit and GPU wrote it, and begins
+# it anew otherwise. COMMIT names the commit where only its files are.
 cd "$(dirname "$0")/.." || exit
 . run/env.sh
+export COMMIT=${COMMIT:-$(git rev-parse HEAD)}
+[ -n "$COMMIT" ] || exit
 failed=
 measure() { "$PY" -m "$@" || failed+=" '$*'"; }
-measure bench.trl               # needs trl, datasets, accelerate; measures ours beside it
-measure bench.engine decode ours four
+measure bench.engine decode ours plain lengths four
 measure bench.engine families
 measure bench.engine static
 measure bench.engine usual
 measure bench.engine memory
 measure bench.evaluation
-measure bench.engine offload    # 99.5 GB of host memory
+measure bench.trl               # needs trl, datasets, accelerate; measures ours beside it
 {
     echo "command: bash test.sh --gpu"
-    echo "commit: ${COMMIT:-$(git rev-parse HEAD)}"
+    echo "commit: $COMMIT"
     nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
     "$PY" -c 'import platform, torch, transformers as t; print("torch", torch.__version__,
         "transformers", t.__version__, "Python", platform.python_version())'
     bash test.sh --gpu
 } >bench/results/tests_gpu.txt 2>&1 || failed+=" 'test.sh --gpu'"
+measure bench.engine offload    # 99.5 GB of host memory
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

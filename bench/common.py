@@ -32,7 +32,12 @@ def commit() -> str:
 def new_results(path: Path) -> dict:
     """What a file of results begins with; and what `path` holds already of this commit and GPU."""
     asked = "python -m " + " ".join(["bench." + Path(sys.argv[0]).stem, *sys.argv[1:]])
-    made_by = {"commit": commit(), "gpu": torch.cuda.get_device_name()}
+    made_by = {
+        "commit": commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     old = json.loads(path.read_text()) if path.exists() else {}
     if any(old.get(name) != value for name, value in made_by.items()):
         old = {"commands": []}
@@ -40,8 +45,6 @@ def new_results(path: Path) -> dict:
         **old,
         "commands": [*old["commands"], asked],
         **made_by,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "python": platform.python_version(),
         "dtype": "bfloat16",
         "weights": "random, architecture of Qwen2.5-VL-7B",

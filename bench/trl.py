@@ -65,7 +65,6 @@ def main() -> None:
     path = ROOT / "bench" / "results" / "trl.json"
     ours = json.loads(path.with_name("engine.json").read_text())
     results = new_results(path)
-    note(results, path, ours={name: ours[name] for name in ("plain_image", "lengths_plain_image")})
     tokenizer = blank.tokenizer()
     tokenizer.padding_side = "left"
     model = blank.model("random:7b", tokenizer, DEVICE, torch.bfloat16)
@@ -135,6 +134,7 @@ def main() -> None:
         sampling_100_to_512=watch.sampling[3:],
         peak_gib=peak(),
         first_step_s=watch.steps[0],
+        ours={name: ours[name] for name in ("plain_image", "lengths_plain_image")},
     )
 
 

@@ -90,7 +90,7 @@ def read_run(folder: Path) -> dict:
         notes.append(f"{folder}: the curves show one of {every} steps")
     log = {"step": []}
     for name in dict.fromkeys(name for row in rows for name in row):
-        column = [row.get(name) for row in rows[::every]]
+        column = [row.get(name) for row in rows if row["step"] % every == 1 % every]
         log[name] = [y if isinstance(y, (int, float)) else None for y in column]
     options, path = {}, folder / "options.json"
     try:
@@ -102,9 +102,9 @@ def read_run(folder: Path) -> dict:
 
 
 def over_seeds(runs: list[dict]) -> dict:
-    """One run out of those of `read_run` that differ in their seed: curves are means over the steps
-    that all have, "band" is {column: (lower, upper)}, the 95% interval around the smoothed ones.
-    The rest is the first one's, and a note says so."""
+    """One run out of those of `read_run` that differ in their seed: curves are means at the steps
+    that all have, "band" is {column: (lower, upper)}, the 95% interval around the smoothed ones of
+    three seeds or more (two's would fill any picture). The rest is the first one's."""
     steps = sorted(set.intersection(*(set(run["log"]["step"]) for run in runs)))
     names = list(dict.fromkeys(name for run in runs for name in run["log"]))
 
@@ -118,15 +118,17 @@ def over_seeds(runs: list[dict]) -> dict:
         log[name] = [number(mean) for mean, _ in spans("log", name)]
         around = spans("smooth", name)
         means[name] = [number(mean) for mean, _ in around]
-        band[name] = ([number(mean - half) for mean, half in around],
-                      [number(mean + half) for mean, half in around])
+        wide = [(mean, half if len(runs) > 2 else math.nan) for mean, half in around]
+        band[name] = ([number(mean - half) for mean, half in wide],
+                      [number(mean + half) for mean, half in wide])
     log["step"] = steps
     others = [note for run in runs[1:] for note in run["notes"] if "no such file" not in note]
     notes = [*runs[0]["notes"], *others]
-    notes.append(f"{len(runs)} seeds: curves are their means, shades their 95% intervals; samples "
-                 "and tables are the first one's")
-    return {**runs[0], "steps": len(steps), "log": log, "smooth": means, "band": band,
-            "notes": notes}
+    if len(runs) > 1:
+        notes.append("curves are means over seeds, shades their 95% intervals; samples and tables "
+                     "are the first seed's")
+    return {**runs[0], "steps": min(run["steps"] for run in runs), "log": log, "smooth": means,
+            "band": band, "notes": notes}
 
 
 # ------------------------------------------------------------------------------------------- tables

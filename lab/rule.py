@@ -78,8 +78,8 @@ def page(file: Path, runs: dict[str, list[Path]], a: argparse.Namespace,
           ", ".join(f"{n} {kind}" for kind, n in passes.items()))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (first / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    shown = [{**report.over_seeds(list(map(report.read_run, seeds))), "name": rule}
-             for rule, seeds in runs.items()]
+    shown = [{**report.over_seeds(list(map(report.read_run, seeds))),
+              "name": f"{rule} ({len(seeds)})"} for rule, seeds in runs.items()]
     out = Path(a.out, f"{name}.html")
     out.write_text(report.build(report.content_of(shown)), encoding="utf-8")
     print(f"page: {out}")

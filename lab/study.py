@@ -281,7 +281,7 @@ def main() -> None:
         Path(a.out, "study.json").write_text(json.dumps(saved, default=str))
     print_tables(runs, a.controls)
     seeds = {name: [folder_of(a.out, name, int(seed)) for seed in of] for name, of in runs.items()}
-    drawn = [{**report.over_seeds(list(map(report.read_run, of))), "name": name}
+    drawn = [{**report.over_seeds(list(map(report.read_run, of))), "name": f"{name} ({len(of)})"}
              for name, of in seeds.items()]
     report.plot(drawn, ["accuracy", "reward", "kl", "grad_norm"], Path(a.out, "study.html"))
     if a.rule and not seeds.get(a.rule.stem):

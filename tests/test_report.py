@@ -299,19 +299,33 @@ def test_the_page_in_a_browser(tmp_path):
 
 # ------------------------------------------------------------------------------------------- seeds
 def test_seeds_are_averaged_step_by_step(tmp_path):
-    """Where one lacks a step, a column or a value there is none; one seed has no interval."""
+    """Where one lacks a step, a column or a value there is none; below three there is no band."""
     logs = [[{"step": 1, "kl": 1.0, "lr": 5.0}, {"step": 2, "kl": 2.0, "lr": 5.0},
              {"step": 3, "kl": 3.0, "lr": 5.0}],
-            [{"step": 1, "kl": 3.0}, {"step": 3, "kl": None}]]
+            [{"step": 1, "kl": 3.0}, {"step": 3, "kl": None}],
+            [{"step": 1, "kl": 2.0}, {"step": 2, "kl": 2.0}, {"step": 3, "kl": 1.0}]]
     runs = []
     for seed, rows in enumerate(logs):
         folder = tmp_path / str(seed)
         folder.mkdir()
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         runs.append(report.read_run(folder))
-    both, one = report.over_seeds(runs), report.over_seeds(runs[:1])
-    assert both["log"] == {"step": [1, 3], "kl": [2.0, None], "lr": [None, None]}
-    assert both["steps"] == 2
-    half = quantile(0.975, 1)                           # deviation sqrt 2, over sqrt 2
-    assert both["band"]["kl"] == ([report.number(2 - half), None], [report.number(2 + half), None])
-    assert one["log"]["kl"] == [1.0, 2.0, 3.0] and one["band"]["kl"] == ([None] * 3, [None] * 3)
+    three, two = report.over_seeds(runs), report.over_seeds(runs[::2])
+    assert three["log"] == {"step": [1, 3], "kl": [2.0, None], "lr": [None, None]}
+    assert three["steps"] == 2
+    half = quantile(0.975, 2) / 3 ** 0.5                # deviation 1, over sqrt 3
+    assert three["band"]["kl"] == ([report.number(2 - half), None], [report.number(2 + half), None])
+    assert two["log"]["kl"] == [1.5, 2.0, 2.0] and two["band"]["kl"] == ([None] * 3, [None] * 3)
+
+
+def test_a_long_run_is_thinned_by_its_steps(tmp_path):
+    """Seeds keep the same steps even where one lacks a line."""
+    runs = []
+    for seed in (0, 1):
+        rows = [{"step": step, "kl": 1.0} for step in range(1, 1201) if (seed, step) != (1, 10)]
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs.append(report.read_run(folder))
+    both = report.over_seeds(runs)
+    assert both["log"]["step"] == list(range(1, 1201, 2)) and both["steps"] == 1199

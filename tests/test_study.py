@@ -216,13 +216,13 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     monkeypatch.setattr(study, "page", partial(study.page, questions=2))
     monkeypatch.setattr(study, "try_one_step", lambda *_: None)
     monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
-    for seed, rewards in enumerate([(0.0, 1.0), (1.0, 4.0)]):
+    for seed, rewards in enumerate([(0.0, 1.0), (1.0, 4.0), (2.0, 1.0)]):
         hand_made(tmp_path, "GRPO", seed, 0.25, rewards)
         hand_made(tmp_path, "late", seed, 0.5, rewards=(2.0, 2.0))
     (tmp_path / "late" / "seed-0" / "final").symlink_to(checkpoint_folder)
     file = tmp_path / "late.py"
     file.write_text(RULE)
-    command = ["--rule", file, "--only", "GRPO", "--seeds", 2, "--steps", 2, "--world", world,
+    command = ["--rule", file, "--only", "GRPO", "--seeds", 3, "--steps", 2, "--world", world,
                "--model", checkpoint_folder, "--out", tmp_path, "--max_new_tokens", 8]
     run_study(monkeypatch, *command)
     printed = capsys.readouterr().out
@@ -239,14 +239,15 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
     page = (tmp_path / "late.html").read_text()
     content = json.loads(re.search(r'id="data">(.*)</script>', page)[1])
     shown = {run["name"]: run for run in content["runs"]}
-    assert list(shown) == ["late", "GRPO"]
-    assert shown["late"]["log"]["reward"] == [2.0, 2.0]
-    assert shown["GRPO"]["log"]["reward"] == [0.5, 2.5]                 # means of two seeds
-    t = quantile(0.975, 1)                      # deviations sqrt(1/2) and sqrt(9/2), over sqrt 2
-    lower, upper = shown["GRPO"]["band"]["reward"]
-    assert lower == [report.number(0.5 - 0.5 * t), report.number(2.5 - 1.5 * t)]
-    assert upper == [report.number(0.5 + 0.5 * t), report.number(2.5 + 1.5 * t)]
-    assert any(note.startswith("2 seeds: curves are their means") for note in content["notes"])
+    assert list(shown) == ["late (3)", "GRPO (3)"]
+    assert shown["late (3)"]["log"]["reward"] == [2.0, 2.0]
+    grpo = shown["GRPO (3)"]
+    assert grpo["log"]["reward"] == [1.0, 2.0]                          # means of three seeds
+    t = quantile(0.975, 2)                              # deviations 1 and sqrt 3, over sqrt 3
+    lower, upper = grpo["band"]["reward"]
+    assert lower == [report.number(1 - t / math.sqrt(3)), report.number(2 - t)]
+    assert upper == [report.number(1 + t / math.sqrt(3)), report.number(2 + t)]
+    assert any(note.startswith("curves are means over seeds") for note in content["notes"])
 
 
 def test_a_rule_that_has_changed_is_not_taken_for_the_old_one(tmp_path, monkeypatch):
