@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash train.sh              the toy world from start to finish, on any machine, with a GPU or without
-# bash train.sh rule FILE     a rule of your own against its controls: tables and a page (about 17 minutes on two cores)
+# bash train.sh rule FILE     a rule of your own against its controls: tables and a page (about 14 minutes on two cores)
 # bash train.sh 7b [...]     the paper's recipe on this node's GPUs; what follows goes to ktr.py
 # bash train.sh 7b --dry_run [...]     a dozen steps with random weights and synthetic clips: seconds and memory here
 #

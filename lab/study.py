@@ -241,7 +241,7 @@ def main() -> None:
     add("--only", nargs="+", choices=VARIANTS, help="not all of the rules")
     add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
     add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
-    add("--seeds", type=int, default=5, help="of each rule")
+    add("--seeds", type=int, help="of each rule (default: 5, of a --rule and its controls 4)")
     add("--steps", type=int, default=40)
     add("--max_new_tokens", type=int, default=64)
     add("--jobs", type=int, default=0, help="runs at once (default: one per core)")
@@ -255,6 +255,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.table:
         return print_tables(json.loads(a.table.read_text())["runs"], a.controls)
+    if a.seeds is None:
+        a.seeds = 4 if a.rule else 5
     if not all("=" in item for item in a.add):
         parser.error("--add takes NAME=OPTIONS")
     if a.seeds < 1 or min(a.jobs, a.minutes) < 0:
