@@ -77,8 +77,8 @@ def weights_there(folder: Path) -> None:
 
 
 def check_memory(o: Options) -> None:
-    """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight (none frozen): 2,
-    2 of gradient, 2 of the reference (bf16), 12/N of N processes' optimizer."""
+    """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight, none frozen:
+    2, 2 of gradient, 2 of the reference (bf16), 12/N of N processes' optimizer."""
     if not torch.cuda.is_available():
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))

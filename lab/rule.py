@@ -1,6 +1,6 @@
 """What a rule in a file of its own does: its tokens, its gradient, its passes, on one page.
 
-    bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 5 ..]
+    bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 4 ..]
 
 The file registers its rule at any of attribution.py's seams and may hold OPTIONS, those of ktr.py
 that it is trained with (lab/rules has examples). First one step is tried: an error in the rule ends
