@@ -90,6 +90,10 @@ case "${1:-toy}" in
         [ -f "${1:-}" ] || { echo "error: rule '${1:-}': no such file; bash train.sh rule FILE" >&2; exit 2; }
         HF_HUB_OFFLINE=1 exec "$PY" -m lab.study --rule "$@"
         ;;
-    toy) [ $# = 0 ] || shift; toy "$@" ;;
+    toy)
+        [ $# = 0 ] || shift
+        [[ " $* " != *" --help "* ]] || exec "$PY" ktr.py --help
+        toy "$@"
+        ;;
     *) echo "usage: bash train.sh, or bash train.sh toy|7b [options of ktr.py], or bash train.sh rule FILE" >&2; exit 2 ;;
 esac
