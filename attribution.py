@@ -145,12 +145,14 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
             moved = iter(moves(asking, changed, o, model) if changed else [])
             for r, answer in zip(rollouts, answers):
                 scores = next(moved) if isinstance(answer, Prompt) else answer
-                if scores is not None:      # a NaN of the model's makes the gradient NaN: that
-                    scores = checked(f"signal {name}", scores, r.logp)      # skips the step
-                    r.scores[name] = scores.nan_to_num(nan=0.0)
-    for r in rollouts:
+                if scores is not None:
+                    r.scores[name] = scores
+    for r in rollouts:                      # not earlier: a look at numbers waits for the GPU
         for name, scores in r.scores.items():
-            r.chosen[name] = top_tokens(scores, r.group.valid, o.ratios[name], o.pool, o.ties)
+            scores = checked(f"signal {name}", scores, r.logp).nan_to_num(nan=0.0)
+            r.scores[name] = scores         # a NaN of the model's makes the gradient NaN: that
+            r.chosen[name] = top_tokens(    # skips the step
+                scores, r.group.valid, o.ratios[name], o.pool, o.ties)
         weights = WEIGHTS[o.weighting](r, o)
         r.key_mask = checked(f"weighting {o.weighting}", weights, r.logp, least=0)
 

@@ -134,15 +134,15 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
     clock("score")
 
     first = rollouts[0].old_logp is None                        # of --updates
-    if first:
-        attribute(rollouts, o, model)
-    clock("attribute")
-
     if first and reference is not None:
         with torch.no_grad():
             for r, (logp, _) in zip(rollouts, score_groups(reference, prompts, groups)):
                 r.ref_logp = logp
     clock("reference")
+
+    if first:
+        attribute(rollouts, o, model)
+    clock("attribute")
 
     loss = 0.0
     for r in rollouts:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from engine import blank, families
 from engine.decoding import decoder_for
-from engine.packing import pack
+from engine.packing import onto, pack
 from engine.prepare import compiled_on_cuda, prepare
 from prompt import Processor, Prompt, Vision, patches
 
@@ -41,6 +41,12 @@ class Group:
     @cached_property
     def lengths(self) -> list[int]:
         return self.valid.sum(-1).tolist()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where the n valid tokens lie in the flattened rows (n,). Found once: to count them, the
+        host waits for the GPU."""
+        return self.valid.flatten().nonzero()[:, 0]
 
 
 # --------------------------------------------------------------------------------------------- load
@@ -113,7 +119,7 @@ def vision_features(model: nn.Module, prompts: Sequence[Prompt],
     clips = {id(p.frames): p for p in prompts
              if p.frames is not None and not p.blank and id(p.frames) not in known}
     if clips:
-        pixels = [patches(p.frames.to(device, non_blocking=True), p.vision) for p in clips.values()]
+        pixels = [patches(onto(device, p.frames), p.vision) for p in clips.values()]
         grids = torch.tensor([p.grid for p in clips.values()])
         merged = families.vision_features(model.model.visual, torch.cat(pixels).to(dtype),
                                           grids.to(device))
@@ -141,31 +147,31 @@ def packed_forward(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence
     ids, positions, visual, owned = [], [], [], []
     for p, group in zip(prompts, groups):
         lengths = group.lengths if group else []
-        ids.append(p.ids.to(device))
+        ids.append(onto(device, p.ids))
         positions.append(p.positions)
         visual += [p.visual, torch.zeros(sum(lengths), dtype=torch.bool)]
         owned.append(lengths)
         if group:
-            ids.append(group.ids[group.valid])
+            ids.append(group.ids.flatten()[group.places])
         for n in lengths:                                       # each completion follows the prompt
             positions.append((p.next_position + torch.arange(n)).expand(3, -1))
     embeds = model.get_input_embeddings()(torch.cat(ids))                           # (L, D)
-    features = vision_features(model, prompts, {} if known is None else known)
-    more = {}
-    if features is not None:
-        where = torch.cat(visual).to(device)
-        first, *later = features.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
-        embeds = embeds.masked_scatter(where[:, None], first)
-        more = families.deepstack(where, later)
     row = pack([len(p.ids) for p in prompts], owned, embeds)
     if keep is not None:
         rows = [torch.full_like(p.ids, n) for n, p in enumerate(prompts, keep)]
         slots = [torch.arange(len(p.ids)) for p in prompts]
-        row.store = torch.cat(rows).to(device), torch.cat(slots).to(device)
+        row.store = onto(device, torch.cat(rows)), onto(device, torch.cat(slots))
+    where = onto(device, torch.cat(visual))
+    position_ids = onto(device, torch.cat(positions, dim=1)[:, None])
+    features = vision_features(model, prompts, {} if known is None else known)
+    more = {}
+    if features is not None:
+        first, *later = features.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        embeds = embeds.masked_scatter(where[:, None], first)
+        more = families.deepstack(where, later)
     return model.model.language_model(
         inputs_embeds=embeds[None].clone(),     # a view would have its first layer compiled apart
-        position_ids=torch.cat(positions, dim=1)[:, None].to(device),
-        layout=row, use_cache=False, **more).last_hidden_state[0]
+        position_ids=position_ids, layout=row, use_cache=False, **more).last_hidden_state[0]
 
 
 def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
@@ -178,7 +184,7 @@ def hidden_states(model: nn.Module, prompts: Sequence[Prompt], groups: Sequence[
             if n:
                 before += [torch.tensor([last]), torch.arange(start, start + n - 1)]
             start += n
-    return packed_forward(model, prompts, groups)[torch.cat(before).to(model.device)]
+    return packed_forward(model, prompts, groups)[onto(model.device, torch.cat(before))]
 
 
 @partial(compiled_on_cuda, dynamic=True)
@@ -232,7 +238,7 @@ class TokenStats(torch.autograd.Function):
 def score_groups(model: nn.Module, prompts: Sequence[Prompt],
                  groups: Sequence[Group]) -> list[tuple[Tensor, Tensor]]:
     """(logp (G, T), entropy (G, T)) of each prompt's group, 0 at padding, from one forward pass."""
-    ids = torch.cat([group.ids[group.valid] for group in groups])
+    ids = torch.cat([group.ids.flatten()[group.places] for group in groups])
     states = hidden_states(model, prompts, groups)
     logp, entropy = TokenStats.apply(states, model.lm_head.weight, ids)
     return list(zip(unflatten(logp, groups), unflatten(entropy, groups)))
@@ -242,8 +248,8 @@ def unflatten(flat: Tensor, groups: Sequence[Group]) -> list[Tensor]:
     """Values (n, ..) of all valid tokens, as (G, T, ..) for each group; 0 at padding."""
     out = []
     for group, part in zip(groups, flat.split([sum(group.lengths) for group in groups])):
-        empty = torch.zeros(*group.ids.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
-        out.append(empty.index_put((group.valid,), part))
+        empty = flat.new_zeros(group.ids.numel(), *flat.shape[1:])
+        out.append(empty.index_put((group.places,), part).unflatten(0, group.ids.shape))
     return out
 
 

@@ -10,14 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
 from engine import thin
 from engine.packing import Step
 from engine.prepare import compile_layer, compiled_on_cuda
-
-BLOCK = 128             # slots per block of FlexAttention's sparse mask
 
 
 def choose(logits: Tensor, draws: Tensor, banned: Tensor, temperature: float, top_p: float,
@@ -30,24 +27,25 @@ def choose(logits: Tensor, draws: Tensor, banned: Tensor, temperature: float, to
     below top_p. Both are exact; tokens tied with the nucleus's last belong to it. temperature 0 is
     greedy.
     """
-    token, total, p = likeliest(logits, banned, temperature or 1.0)
-    if temperature and top_k:
+    total, p = probabilities(logits, banned, temperature or 1.0)
+    if not temperature:
+        token = logits.masked_fill(banned, -torch.inf).argmax(-1)
+    elif top_k:
         best, index = p.topk(min(top_k, p.shape[-1]))           # likeliest first
         inside = best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)
         place = inverse_cdf(torch.where(inside, best, 0), draws)
         token = index.gather(-1, place[:, None])[:, 0]
-    elif temperature:
+    else:
         border = nucleus_border(p, top_p) if top_p < 1 else 0.0
-        token = inverse_cdf(torch.where(p > border, p, 0), draws)
+        token = inverse_cdf(p, draws, border)
     return token, logits.gather(-1, token[:, None])[:, 0].float() - total
 
 
 @compiled_on_cuda
-def likeliest(logits: Tensor, banned: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest token (R,) that is not banned; logsumexp (R,) of all; probabilities (R, V)."""
+def probabilities(logits: Tensor, banned: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """logsumexp (R,) of all, and the probabilities (R, V) of those that are not banned."""
     allowed = logits.float().masked_fill(banned, -torch.inf)
-    p = torch.softmax(allowed / temperature, -1)
-    return allowed.argmax(-1), logits.float().logsumexp(-1), p
+    return logits.float().logsumexp(-1), torch.softmax(allowed / temperature, -1)
 
 
 def nucleus_border(p: Tensor, top_p: float) -> Tensor:
@@ -55,9 +53,10 @@ def nucleus_border(p: Tensor, top_p: float) -> Tensor:
     nucleus is what lies above it. Found three bits at a time, since floats from 0 to 1 are
     ordered as their 30 bits are; sorting 152,064 words would take longer than a layer."""
     border = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
-    digits = torch.arange(8, dtype=torch.int32, device=p.device)
-    for shift in range(27, -1, -3):
-        border = border_within(p, border, digits << shift, top_p)
+    digits, shifts = (torch.arange(*n, dtype=torch.int32, device=p.device)
+                      for n in ((8,), (27, -1, -3)))
+    for steps in digits << shifts[:, None]:
+        border = border_within(p, border, steps, top_p)
     return border.view(torch.float32)
 
 
@@ -65,8 +64,8 @@ def nucleus_border(p: Tensor, top_p: float) -> Tensor:
 def border_within(p: Tensor, border: Tensor, steps: Tensor, top_p: float) -> Tensor:
     """The last of border + steps (8,), as bits, above which p (R, V) adds up to top_p or more."""
     p, tried = in_blocks(p), (border + steps).view(torch.float32)       # (R, blocks, block), (R, 8)
-    mass = [torch.where(p > t[:, None, None], p, 0).sum(-1).sum(-1) for t in tried.unbind(1)[1:]]
-    enough = torch.stack(mass, 1) >= top_p                              # True, .., True, False, ..
+    mass = [torch.where(p > t[:, None, None], p, 0).sum(-1) for t in tried.unbind(1)[1:]]
+    enough = torch.stack(mass, 1).sum(-1) >= top_p                      # True, .., True, False, ..
     return border + enough.sum(1, keepdim=True, dtype=torch.int32) * steps[1]
 
 
@@ -77,10 +76,11 @@ def in_blocks(p: Tensor, block: int = 512) -> Tensor:
 
 
 @compiled_on_cuda
-def inverse_cdf(p: Tensor, draws: Tensor) -> Tensor:
-    """Indices (R,) of p (R, V) at which the cumulative mass passes draws (R,), found block by
-    block: inductor (torch 2.11) cannot compile a scan over a whole vocabulary."""
-    p = in_blocks(p)
+def inverse_cdf(p: Tensor, draws: Tensor, border: Tensor | float = 0.0) -> Tensor:
+    """Indices (R,) of p (R, V), where it is above border (R, 1), at which the cumulative mass
+    passes draws (R,), found block by block: inductor (torch 2.11) cannot compile a scan over a
+    whole vocabulary."""
+    p = in_blocks(torch.where(p > border, p, 0))
     block = p.shape[-1]
     cdf = p.sum(-1).cumsum(-1)
     target = draws[:, None] * cdf[:, -1:]
@@ -102,18 +102,6 @@ def next_logits(model: nn.Module, token: Tensor, position: Tensor, step: Step) -
     return thin.linear(hidden, model.lm_head.weight).flatten(0, 1)
 
 
-def blocks_in_use(lengths: Tensor, used: Tensor, room: int,
-                  count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each prompt's `count` blocks of slots: how many the prompt fills wholly (N,) (they come
-    first and need no mask), how many need one (N,), and which those are (N, count): the prompt's
-    last, and the completions' from `room` on."""
-    whole, ending = lengths // BLOCK, (lengths % BLOCK > 0).long()
-    after = torch.arange(count, device=lengths.device) - ending[:, None]
-    later = (room // BLOCK + after).clamp(max=count - 1)
-    mixed_blocks = torch.where(after < 0, whole[:, None], later)
-    return whole, ending + (used + BLOCK - 1) // BLOCK, mixed_blocks
-
-
 class Decoder:
     """Buffers for N prompts and G completions of up to T tokens each, and the step that extends all
     by a token.
@@ -121,7 +109,7 @@ class Decoder:
     Slot room + t*G + g of a prompt's cache row holds token t of its completion g. On CUDA the step
     is compiled and captured once; everything that changes from prompt to prompt lives in a buffer,
     so prompts of other lengths, and fewer of them, replay the same graph, and attention visits only
-    the blocks of slots in use.
+    the slots in use.
     """
 
     def __init__(self, model: nn.Module, N: int, G: int, room: int, T: int, temperature: float,
@@ -129,44 +117,25 @@ class Decoder:
         device, config = model.device, model.config.text_config
         self.model, self.N, self.G, self.T = model, N, G, T
         self.how = temperature, top_p, top_k
-        block = BLOCK if device.type == "cuda" else 1
-        self.room = -(-room // block) * block
-        length = self.room + -(-G * T // block) * block
-        heads = config.num_key_value_heads
+        self.room, heads = room, config.num_key_value_heads
         size = model.model.language_model.layers[0].self_attn.head_dim
-        self.kv = [tuple(torch.zeros(N, heads, length, size, dtype=model.dtype, device=device)
-                         for _ in range(2)) for _ in range(config.num_hidden_layers)]
+        shape = N, heads, room + G * T, size
+        self.kv = [tuple(torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(2))
+                   for _ in range(config.num_hidden_layers)]
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
         self.ids, self.token, self.position = integers(T, N, G), integers(N, G), integers(N, G)
         self.slots, self.step, self.lengths = integers(G), integers(1), integers(N)
-        self.used = integers(N)  # slots taken after the prompt
         self.draws = torch.zeros(T, N, G, device=device)
         self.valid, self.logp = self.draws.bool(), self.draws.clone()
         self.done = self.valid[0].clone()                                           # (N, G)
         self.ends = torch.full((16,), -1, device=device)        # end tokens, filled up with -1
         self.banned = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
         self.banned[vision_tokens(model.config)] = True
-        prompt_lengths, used, room = self.lengths, self.used, self.room
-
-        def sees(b, _, q, slot):
-            """Whether query q (completion q % G of prompt b) attends to a slot: the prompt's,
-            and its own so far."""
-            own = slot - room
-            return (slot < prompt_lengths[b]) | ((own >= 0) & (own < used[b]) & (own % G == q % G))
-
-        self.sees, self.graph, self.block_mask = sees, None, None
+        self.graph = None
         if device.type == "cuda":
-            every = torch.arange(length // BLOCK, dtype=torch.int32, device=device)
-            every = every.expand(N, 1, 1, -1)
-            self.whole, self.mixed = torch.zeros(2, N, 1, 1, dtype=torch.int32, device=device)
-            self.mixed_blocks = every.clone()
-            queries = config.num_attention_heads // heads * G
-            self.block_mask = BlockMask.from_kv_blocks(
-                self.mixed, self.mixed_blocks, self.whole, every.contiguous(), BLOCK, sees,
-                (queries, length), compute_q_blocks=False)
             self._capture()
 
     def attach(self) -> None:
@@ -186,16 +155,8 @@ class Decoder:
         self.draws[:T, :n] = torch.stack(draws, 1).to(device)
         self.done.fill_(True)[:n] = False
         self.ends.fill_(-1)[:len(ends)] = torch.tensor(ends, dtype=torch.long, device=device)
-        self.step.zero_(), self.valid.zero_(), self.used.fill_(self.G)
+        self.step.zero_(), self.valid.zero_()
         self.slots.copy_(self.room + torch.arange(self.G))
-        self._list_blocks()
-
-    def _list_blocks(self) -> None:
-        if self.block_mask is not None:
-            count = self.mixed_blocks.shape[-1]
-            now = blocks_in_use(self.lengths, self.used, self.room, count)
-            for buffer, values in zip((self.whole, self.mixed, self.mixed_blocks), now):
-                buffer.copy_(values.view_as(buffer))
 
     def extend(self, logits: Tensor) -> None:
         """Choose a token for every completion from logits (N*G, V) and write it down."""
@@ -211,25 +172,23 @@ class Decoder:
         """One decoding step: the last tokens go into the cache, the next ones come out."""
         if self.graph is not None:
             return self.graph.replay()
-        sees = self.block_mask
-        if sees is None:
-            slots = self.room + int(self.used[0])
-            prompt, query, slot = (torch.arange(n) for n in (self.N, self.G, slots))
-            sees = self.sees(prompt[:, None, None, None], None, query[:, None], slot)
-        logits = next_logits(self.model, self.token, self.position, Step(self.slots, sees))
+        step = Step(self.slots, self.room, self.lengths)
+        logits = next_logits(self.model, self.token, self.position, step)
         self.position += 1
         self.slots += self.G
-        self.used += self.G
         self.step += 1
-        self._list_blocks()
         self.extend(logits)
 
     def _capture(self) -> None:
         self.attach()
-        layers = self.model.model.language_model.layers
-        scoring = [layer.forward for layer in layers]
-        for layer in layers:                            # one is compiled and serves all
-            compile_layer(layer, dynamic=False)
+        text = self.model.model.language_model
+        small = text.embed_tokens, text.rotary_emb, text.norm
+        scoring = {part: part.forward for part in (*text.layers, *small)}
+        for part, forward in scoring.items():           # one layer is compiled and serves all
+            if part in small:
+                part.forward = torch.compile(forward, dynamic=False)
+            else:
+                compile_layer(part, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -242,8 +201,8 @@ class Decoder:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # other threads go on
             self.advance()
         self.graph = graph
-        for layer, kept in zip(layers, scoring):
-            layer.forward = kept
+        for part, forward in scoring.items():
+            part.forward = forward
 
 
 def vision_tokens(config: PreTrainedConfig) -> list[int]:

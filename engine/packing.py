@@ -8,9 +8,8 @@ token t of completion g in slot t*G + g, so the G tokens of a step are G queries
 Both reach the model through transformers' attention interface, so its own forward runs unchanged:
 it hands the keyword `layout`, a `Packed` row or a decoding `Step`, down to every layer's attention.
 On CUDA the packed row is one call of torch's variable-length attention with the prompt's keys
-prepended to each completion's, and the step is one FlexAttention kernel that splits the keys over
-the chip; elsewhere (and for the packed row in fp32, which that kernel does not take) both are SDPA
-under a mask.
+prepended to each completion's, and the step is engine/attend.py's; elsewhere (and for the packed
+row in fp32, which torch's kernel does not take) both are SDPA under a mask.
 """
 
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
+
+from engine.attend import attend
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -48,10 +48,22 @@ class Packed:
 @dataclass
 class Step:
     """One decoding step: N prompts' rows of slots, G new tokens each. The layers' `kv` holds
-    keys and values, each (N, heads, slots, head_dim); the new tokens go to `slots` (G,) and look
-    at what `sees` lets them."""
+    keys and values, each (N, heads, slots, head_dim); the new tokens go to `slots` (G,). They look
+    at the first `lengths` (N,) slots and at their own completion's, from `room` on."""
     slots: Tensor
-    sees: BlockMask | Tensor  # over all slots, or dense (N, 1, G, n) over the first n
+    room: int
+    lengths: Tensor
+
+    def sees(self) -> Tensor:
+        """The same as a mask (N, 1, G, n) over the first n slots."""
+        G, slot = len(self.slots), torch.arange(int(self.slots[-1]) + 1)
+        own, completion = slot - self.room, torch.arange(G)[:, None]
+        return (slot < self.lengths[:, None, None, None]) | (own >= 0) & (own % G == completion)
+
+
+def onto(device: torch.device, x: Tensor) -> Tensor:
+    """x on the device. The host waits neither for the copy nor for what the GPU does before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def has_varlen(x: Tensor) -> bool:
@@ -62,6 +74,7 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
     """The layout of one row that holds every prompt followed by its completions, for attention
     over `embeds`."""
     q_lengths, k_lengths, keys, blocks, start = [], [], [], [], 0
+    device = embeds.device
     for P, own in zip(prompt_lengths, completion_lengths):
         prompt, end = torch.arange(start, start + P), start + P + sum(own)
         q_lengths += [P, *own]
@@ -73,11 +86,11 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
             counts = torch.tensor([P, *own])
             owner = torch.repeat_interleave(torch.arange(len(own) + 1), counts)     # 0: the prompt
             sees = (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
-            blocks.append((start, end, sees.tril()[None, None].to(embeds.device)))
+            blocks.append((start, end, onto(device, sees.tril()[None, None])))
         start = end
-    cu_q, cu_k = (F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(embeds.device, torch.int32)
+    cu_q, cu_k = (onto(device, F.pad(torch.tensor(x).cumsum(0, dtype=torch.int32), (1, 0)))
                   for x in (q_lengths, k_lengths))
-    index = torch.cat(keys).to(embeds.device)
+    index = onto(device, torch.cat(keys))
     return Packed(cu_q, cu_k, index, max(q_lengths), max(k_lengths), blocks)
 
 
@@ -109,16 +122,12 @@ def step_attention(query: Tensor, key: Tensor, value: Tensor, step: Step, keys: 
     (N, H_kv, slots, D)."""
     keys.index_copy_(2, step.slots, key)
     values.index_copy_(2, step.slots, value)
-    if isinstance(step.sees, BlockMask):    # a key head's query heads become queries, so that any
-        N, H, G, D = query.shape            # number of them gets the kernel that splits the keys
-        folded = query.reshape(N, keys.shape[1], -1, D)
-        out = flex_attention(folded, keys, values, block_mask=step.sees, scale=scaling,
-                             kernel_options={"BLOCK_N": 32, "SPLIT_KV": 64 if N == 1 else 32})
-        return out.view(N, H, G, D).transpose(1, 2)
-    n = step.sees.shape[-1]
-    out = F.scaled_dot_product_attention(query, keys[:, :, :n], values[:, :, :n],
-                                         attn_mask=step.sees, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2)
+    if keys.is_cuda:
+        return attend(query, keys, values, step.slots, step.room, step.lengths, scaling)
+    sees = step.sees()
+    n = sees.shape[-1]
+    return F.scaled_dot_product_attention(query, keys[:, :, :n], values[:, :, :n], attn_mask=sees,
+                                          scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
 def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,

@@ -9,6 +9,7 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from run.options import Options
 
-PHASES = ("data", "sample", "score", "attribute", "reference", "backward", "step")
+PHASES = ("data", "sample", "score", "reference", "attribute", "backward", "step")
 METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "bonus", "length", "ended",
            "tokens", "loss", "kl", "clipped", "dropped", "entropy", "key_share", "overlap",
            "sampling_gap")
@@ -26,18 +27,29 @@ GIB = 2 ** 30
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase. On a GPU they are its own, and nobody waits for it until they are asked
+    for: a phase is prepared while the one before is still computed."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, defaultdict(float), time.perf_counter()
+        self.device, self.marks = device, []
+        self("begin")
 
     def __call__(self, phase: str) -> None:
         """Everything since the last call was `phase`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase] += now - self.last
-        self.last = now
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.marks.append((phase, now))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        spent, cuda = defaultdict(float), self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        for (_, begun), (phase, ended) in pairwise(self.marks):
+            spent[phase] += begun.elapsed_time(ended) / 1000 if cuda else ended - begun
+        return spent
 
     @property
     def total(self) -> float:
@@ -179,13 +191,14 @@ class Log:
         """One row: means over the prompts of all ranks; seconds and memory are rank 0's."""
         if self.rank:
             return
-        n, seconds = max(totals["prompts"], 1), clock.total
+        n, spent = max(totals["prompts"], 1), clock.seconds
+        seconds = sum(spent.values())
         means = {name: value / n for name, value in totals.items() if name != "leaving"}
         cuda = torch.cuda.is_available()
         row = {"step": step, **means, **more, "tokens": totals["tokens"],
                "prompts": totals["prompts"], "seconds": seconds,
                "tokens_per_second": totals["tokens"] / seconds,
-               **{f"seconds_{name}": clock.seconds[name] for name in PHASES},
+               **{f"seconds_{name}": spent[name] for name in PHASES},
                "memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0}
         self.append("log.jsonl", row)
         tqdm.write(line_of(row, steps))

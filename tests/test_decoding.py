@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.decoding import BLOCK, blocks_in_use, choose, inverse_cdf, nucleus_border
+from engine.decoding import choose, inverse_cdf, nucleus_border
 
 NONE = torch.zeros(5).bool()
 
@@ -96,25 +96,3 @@ def test_inverse_cdf_finds_what_a_scan_finds():
     for high in (1 - 2**-24, 1.0):  # even a draw that rounds to the whole mass
         last = inverse_cdf(p, torch.full((64,), high))
         assert (p.gather(1, last[:, None]) > 0).all()
-
-
-def test_blocks_in_use_cover_exactly_what_is_seen():
-    """Whole blocks are seen by everyone, listed ones hold all the rest, no other has any."""
-    torch.manual_seed(0)
-    G, room, count = 3, 3 * BLOCK, 9
-    for _ in range(40):
-        lengths, used = torch.randint(1, room + 1, (4,)), torch.randint(1, 250, (1,)).expand(4) * G
-        whole, mixed, listing = blocks_in_use(lengths, used, room, count)
-        slots = torch.arange(count * BLOCK)
-        own = slots - room
-        sees = (slots < lengths[:, None]) | (
-            (own >= 0) & (own < used[:, None])
-        )  # by any completion
-        for n in range(4):
-            blocks = sees[n].view(count, BLOCK)
-            listed = listing[n, : mixed[n]].tolist()
-            assert blocks[: whole[n]].all() and (slots[: whole[n] * BLOCK] < lengths[n]).all()
-            assert len(set(listed)) == len(listed) and not set(listed) & set(range(int(whole[n])))
-            assert {b for b in range(count) if blocks[b].any()} == set(range(int(whole[n]))) | set(
-                listed
-            )

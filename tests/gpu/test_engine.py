@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import blank, sharded, thin
+from engine.attend import attend
 from engine.decoding import choose
+from engine.packing import Step
 from engine.prepare import prepare, recompute
 from engine.sharded import ShardedAdamW, flatten
 from launch import random_prompt
@@ -110,6 +112,45 @@ def test_thin_products(rows, N, K, biased):
     want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert got.dtype == torch.bfloat16 and torch.equal(got, again)
     assert (got - want).norm() / want.norm() < 3e-3
+
+
+@pytest.mark.parametrize(
+    "lengths, G, step, heads, D, dtype",
+    [
+        ([1203], 8, 300, (28, 4), 128, torch.bfloat16),             # the 7B's step
+        ([1203, 7, 900, 1], 8, 511, (28, 4), 128, torch.bfloat16),
+        ([4200] * 32, 1, 0, (28, 4), 128, torch.bfloat16),          # evaluation
+        ([1203], 8, 300, (32, 8), 128, torch.float32),
+        ([1, 100, 37], 3, 11, (4, 2), 32, torch.float32),           # the toy model
+        ([64, 3], 12, 40, (14, 2), 16, torch.float32),              # rows in two tiles
+        ([5], 2, 0, (4, 4), 64, torch.float16),                     # fewer slots than programs
+    ],
+)
+def test_attention_of_a_step_equals_sdpa(lengths, G, step, heads, D, dtype):
+    """In double precision; what no completion sees is NaN."""
+    torch.manual_seed(0)
+    N, (H, H_kv), room = len(lengths), heads, max(lengths) + 20
+    query = torch.randn(N, H, G, D, device=GPU, dtype=dtype)
+    keys, values = torch.randn(2, N, H_kv, room + G * (step + 3), D, device=GPU, dtype=dtype)
+    keys[:, :, room + G * (step + 1) :] = values[:, :, room + G * (step + 1) :] = torch.nan
+    for n, length in enumerate(lengths):
+        keys[n, :, length:room] = values[n, :, length:room] = torch.nan
+    slots = room + step * G + torch.arange(G, device=GPU)
+    got, again = (
+        attend(query, keys, values, slots, room, torch.tensor(lengths, device=GPU), None)
+        for _ in range(2)
+    )
+    assert torch.equal(got, again) and got.dtype == dtype
+    sees = Step(slots.cpu(), room, torch.tensor(lengths)).sees().to(GPU)
+    n = sees.shape[-1]
+    want = F.scaled_dot_product_attention(
+        query.double(),
+        keys[:, :, :n].double().nan_to_num(),
+        values[:, :, :n].double().nan_to_num(),
+        attn_mask=sees,
+        enable_gqa=True,
+    ).transpose(1, 2)
+    assert (got - want).norm() / want.norm() < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 def test_state_in_host_memory_makes_the_same_weights(monkeypatch):

@@ -1,0 +1,101 @@
+"""Attention of a decoding step on CUDA: G new tokens a prompt, one shared row of keys and values.
+
+FlashDecoding (Dao et al. 2023): programs share out the slots in use, whose number they read on the
+GPU, so that a captured graph serves every length; a second kernel brings their sums together,
+always in the same order. The query heads of a key head and the G completions are the rows of one
+product, so each key is read once for all of them.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:     # a torch for CPUs only
+    triton = None
+
+SLOTS = 64              # a program takes at a time
+MOST_ROWS = 64          # of a program
+ENOUGH = 132            # programs that fill a Hopper GPU
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, room: int, lengths: Tensor,
+           scale: float | None) -> Tensor:
+    """(N, G, H, D), from query (N, H, G, D), keys and values (N, H_kv, slots, D), D a power of 2.
+
+    Completion g sees the first lengths (N,) slots of its prompt and every G-th from room + g on, as
+    far as `slots` (G,), those of the new tokens. bf16, fp16 or fp32; no gradient.
+    """
+    N, H, G, D = query.shape
+    heads, length = keys.shape[1:3]
+    rows = H // heads * G
+    tiles = -(-rows // MOST_ROWS)
+    parts = max(1, ENOUGH // (N * heads * tiles))
+    shape, single = (N * heads, parts, rows), {"dtype": torch.float32, "device": query.device}
+    sums, tops = torch.empty(*shape, D, **single), torch.empty(shape, **single)
+    masses, out = torch.empty(shape, **single), query.new_empty(N, G, H, D)
+    log2 = (scale or D ** -0.5) * math.log2(math.e)
+    height = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
+    partial_attention[(parts, N * heads, tiles)](
+        query.contiguous(), keys, values, slots, lengths, sums, tops, masses, room, heads, length,
+        rows, G, log2, D, height, SLOTS, num_warps=4, num_stages=3)
+    join[(rows, N * heads)](sums, tops, masses, out, heads, rows, parts, G, D,
+                            triton.next_power_of_2(parts), num_warps=2)
+    return out
+
+
+if triton is not None:
+    @triton.jit
+    def partial_attention(query, keys, values, slots, lengths, sums, tops, masses, room, heads,
+                          length, rows, G, LOG2: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                          SLOTS: tl.constexpr):
+        part, head, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+        prompt = tl.load(lengths + head // heads).to(tl.int32)
+        used = prompt + tl.load(slots).to(tl.int32) - room + G          # by all completions
+        share = tl.cdiv(tl.cdiv(used, parts), SLOTS) * SLOTS
+        row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+        d = tl.arange(0, D)
+        keys += head.to(tl.int64) * length * D
+        values += head.to(tl.int64) * length * D
+        x = tl.load(query + (head * rows + row[:, None]) * D + d, mask=row[:, None] < rows,
+                    other=0.0)
+        top = tl.full((ROWS,), -float("inf"), tl.float32)
+        mass = tl.zeros((ROWS,), tl.float32)
+        total = tl.zeros((ROWS, D), tl.float32)
+        for begin in range(part * share, tl.minimum(part * share + share, used), SLOTS):
+            i = begin + tl.arange(0, SLOTS)
+            own = i - prompt                            # from 0 on it is a completion's
+            at = tl.where(own < 0, i, room + own)[:, None] * D + d
+            k = tl.load(keys + at, mask=i[:, None] < used, other=0.0)
+            v = tl.load(values + at, mask=i[:, None] < used, other=0.0)
+            sees = (own < 0)[None, :] | (own[None, :] % G == row[:, None] % G)
+            score = tl.dot(x, tl.trans(k), input_precision="ieee") * LOG2
+            score = tl.where(sees & (i < used)[None, :], score, -float("inf"))
+            higher = tl.maximum(top, tl.max(score, 1))
+            finite = tl.where(higher == -float("inf"), 0.0, higher)     # has it seen anything?
+            p, shrink = tl.exp2(score - finite[:, None]), tl.exp2(top - finite)
+            mass = mass * shrink + tl.sum(p, 1)
+            total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+            top = higher
+        at = (head * parts + part) * rows + row
+        tl.store(tops + at, top, mask=row < rows)
+        tl.store(masses + at, mass, mask=row < rows)
+        tl.store(sums + at[:, None] * D + d, total, mask=row[:, None] < rows)
+
+    @triton.jit
+    def join(sums, tops, masses, out, heads, rows, parts, G, D: tl.constexpr, PARTS: tl.constexpr):
+        row, head = tl.program_id(0), tl.program_id(1)
+        part, d = tl.arange(0, PARTS), tl.arange(0, D)
+        at = (head * parts + part) * rows + row
+        top = tl.load(tops + at, mask=part < parts, other=-float("inf"))
+        weight = tl.exp2(top - tl.max(top, 0))
+        mass = tl.sum(weight * tl.load(masses + at, mask=part < parts, other=0.0), 0)
+        x = tl.load(sums + at[:, None] * D + d, mask=part[:, None] < parts, other=0.0)
+        y = tl.sum(weight[:, None] * x, 0) / mass
+        # row = query head * G + completion, of the heads that share a key head
+        n, first = head // heads, head % heads * (rows // G)
+        place = ((n * G + row % G) * heads * (rows // G) + first + row // G) * D
+        tl.store(out + place + d, y)
