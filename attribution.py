@@ -46,12 +46,12 @@ class Rollout:
     logp: Tensor | None = None              # (G, T) of the sampled tokens under the policy
     old_logp: Tensor | None = None          # (G, T) the same before the first of --updates
     entropy: Tensor | None = None           # (G, T) nats
+    ref_logp: Tensor | None = None          # (G, T) under the starting checkpoint; None: beta is 0
 
     scores: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T)
     chosen: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T) bool, its top r
     key_mask: Tensor | None = None          # (G, T) bool, or weights >= 0 (--weighting)
 
-    ref_logp: Tensor | None = None          # (G, T) under the starting checkpoint; None: beta is 0
     bonus: Tensor | None = None             # (G,) for the length of right answers
     rewards: Tensor | None = None           # (G,) accuracy + format + bonus + extra
     advantages: Tensor | None = None        # (G,)

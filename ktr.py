@@ -4,8 +4,8 @@ One step (paper algorithm 1), in the order of `main` and `learn`:
     data        the step's prompts; records that cannot be used are skipped and named
     sample      G completions for each prompt, decoded together; accuracy and format rewards
     score       their log-probabilities and entropies, with gradient
-    attribute   visual, temporal, entropy; the union of each one's top tokens is the key mask
     reference   the starting checkpoint's log-probabilities
+    attribute   visual, temporal, entropy; the union of each one's top tokens is the key mask
     backward    advantages, the clipped objective on key tokens, its gradient
     step        clip, sharded AdamW, cosine schedule; then log and save
 

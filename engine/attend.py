@@ -17,8 +17,8 @@ try:
 except ImportError:     # a torch for CPUs only
     triton = None
 
-SLOTS = 64              # a program takes at a time
 MOST_ROWS = 64          # of a program
+MOST_PARTS = 64         # of a prompt's slots
 ENOUGH = 132            # programs that fill a Hopper GPU
 
 
@@ -33,7 +33,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, room: int
     heads, length = keys.shape[1:3]
     rows = H // heads * G
     tiles = -(-rows // MOST_ROWS)
-    parts = max(1, ENOUGH // (N * heads * tiles))
+    parts = min(MOST_PARTS, max(1, round(ENOUGH / (N * heads * tiles))))
+    at_once, stages = (16, 2) if query.dtype == torch.float32 else (64, 3)      # slots; registers
     shape, single = (N * heads, parts, rows), {"dtype": torch.float32, "device": query.device}
     sums, tops = torch.empty(*shape, D, **single), torch.empty(shape, **single)
     masses, out = torch.empty(shape, **single), query.new_empty(N, G, H, D)
@@ -41,7 +42,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, room: int
     height = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
     partial_attention[(parts, N * heads, tiles)](
         query.contiguous(), keys, values, slots, lengths, sums, tops, masses, room, heads, length,
-        rows, G, log2, D, height, SLOTS, num_warps=4, num_stages=3)
+        rows, G, log2, D, height, at_once, num_warps=4, num_stages=stages)
     join[(rows, N * heads)](sums, tops, masses, out, heads, rows, parts, G, D,
                             triton.next_power_of_2(parts), num_warps=2)
     return out

@@ -220,7 +220,7 @@ def decoder_for(model: nn.Module, N: int, G: int, room: int, T: int, temperature
     if model.device.type != "cuda":
         return Decoder(model, N, G, room, T, *how)
     held = model.__dict__.setdefault("_decoders", {})
-    d = held.get((G, *how))
+    d, T = held.get((G, *how)), max(T, 2)       # to be captured, it must advance
     if d is None or d.N < N or d.room < room or d.T < T:
         room = max(1024, 2 ** (room - 1).bit_length())
         if d is not None:

@@ -62,7 +62,8 @@ class Step:
 
 
 def onto(device: torch.device, x: Tensor) -> Tensor:
-    """x on the device. The host waits neither for the copy nor for what the GPU does before."""
+    """x, on the CPU, on the device. The host waits neither for the copy nor for what the GPU does
+    before."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 

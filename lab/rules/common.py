@@ -17,7 +17,7 @@ def scored(model: nn.Module, prompt: Prompt, group: Group) -> tuple[Tensor, Tens
         logp = F.linear(states, model.lm_head.weight).float().log_softmax(-1)       # (n, V)
         return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
-    states, ids = hidden_states(model, [prompt], [group]), group.ids[group.valid]
+    states, ids = hidden_states(model, [prompt], [group]), group.ids.flatten()[group.places]
     chunks = zip(states.split(CHUNK), ids.split(CHUNK))
     parts = [checkpoint(both, *chunk, use_reentrant=False) for chunk in chunks]
     logp, entropy = (torch.cat(values) for values in zip(*parts))
