@@ -38,7 +38,7 @@ from policy import Group, batches, evaluating, freeze, load, sample, score_group
 from prompt import Processor, Prompt
 from rewards import accuracy_reward, format_reward, length_bonus
 from run import checkpoint
-from run.distributed import add_up, distributed, leave
+from run.distributed import add_up, distributed, leave, settle
 from run.logs import Clock, Log, counted, reporter, rewind, sample_of
 from run.options import MAY_CHANGE, Options, parse
 from stream import UNUSABLE, Stream, preflight
@@ -230,7 +230,8 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
                                          broadcast_buffers=False)
         for _ in range(2):              # from now on gradients live in DDP's buckets, or they would
             scorer.zero_grad()          # be held twice. The second forward makes these anew, and
-            scorer([], []).backward()   # keeps the old ones while there are gradients in them
+            scorer([], []).backward()   # keeps the old ones while gradients or NCCL hold them
+            settle(device)
         optimizer.zero_grad()
 
     options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}

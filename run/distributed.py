@@ -7,6 +7,7 @@ share the first GPU and talk through gloo (NCCL refuses that): tests of two rank
 import multiprocessing
 import os
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -40,6 +41,14 @@ def add_up(values: dict[str, float], device: torch.device) -> dict[str, float]:
     if dist.is_initialized():
         dist.all_reduce(sums)
     return dict(zip(values, sums.tolist()))
+
+
+def settle(device: torch.device) -> None:
+    """Wait until finished collectives have let go of their tensors: NCCL's watchdog holds these
+    until it next looks, ten times a second."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        time.sleep(1)
 
 
 def leave() -> None:
