@@ -74,15 +74,17 @@ def load_processor(name: str) -> Processor:
     return Processor(tokenizer, blank.config(name, tokenizer), constants)
 
 
-def weight_count(name: str) -> int:
-    """How many weights the model of this name has, from its configuration alone."""
+def weight_count(name: str, frozen: Sequence[str] = ()) -> int:
+    """How many weights the model of this name has beside its frozen parts, from its configuration
+    alone."""
     if name.startswith("random:"):
         config = blank.config(name, blank.tokenizer())
     else:
         config = families.read_config(name)
     with torch.device("meta"):
         model = families.family_of(config).model(config)
-    return sum(p.numel() for p in model.parameters())
+    kept = [weights for part, weights in parts(model).items() if part not in frozen]
+    return sum(p.numel() for weights in kept for p in weights)
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

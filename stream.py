@@ -77,20 +77,21 @@ def weights_there(folder: Path) -> None:
 
 
 def check_memory(o: Options) -> None:
-    """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight, none frozen:
-    2, 2 of gradient, 2 of the reference (bf16), 12/N of N processes' optimizer."""
+    """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight: 2, 2 of the
+    reference (bf16); and unless it is frozen 2 of gradient, 12/N of N processes' optimizer."""
     if not torch.cuda.is_available():
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
     world = int(os.environ.get("WORLD_SIZE", here))             # torchrun's; train.sh checks before
-    weights, each = weight_count(o.model), torch.finfo(getattr(torch, o.dtype)).bits // 8
-    bytes_a_weight = each * (3 if o.beta > 0 else 2) + (0 if o.offload else 12 / world)
-    needed = weights * bytes_a_weight / 2 ** 30
+    weights, trained = weight_count(o.model), weight_count(o.model, o.freeze)
+    each = torch.finfo(getattr(torch, o.dtype)).bits // 8
+    lasting = weights * each * (2 if o.beta > 0 else 1)
+    needed = (lasting + trained * (each + (0 if o.offload else 12 / world))) / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if needed > 0.9 * there:                                    # the rest is for activations
         raise SystemExit(
             f"error: each GPU needs {needed:.0f} GiB beside activations and has {there:.0f}; take "
-            f"more GPUs, or --offload ({12 * weights / 1e9:.0f} GB go to the host's memory), or "
+            f"more GPUs, or --offload ({12 * trained / 1e9:.0f} GB go to the host's memory), or "
             f"--beta 0")
 
 

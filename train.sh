@@ -25,6 +25,8 @@ toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}        # tiny products: threads only wait
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
+    "$PY" -c 'import sys; from run.options import parse     # a typo is told before the work
+sys.argv[0] = "train.sh"; parse()' --model - --data - "$@"
     [ -f "$world/test.json" ] || "$PY" -m lab.toy make "$world"
     evaluate=(evaluate.py --benchmark toy --data "$world/test.json" --videos "$world"
               --max_new_tokens 64 --batch 100 --dtype float32 --workers 1)

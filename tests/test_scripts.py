@@ -114,6 +114,13 @@ def test_the_script_refuses_in_one_line(python, checkpoint_folder, world, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------- preflight
+def test_a_typo_is_told_before_the_toy_world_is_made(tmp_path):
+    toy = train(sys.executable, "toy", "--learning_rate", 1, WORLD=tmp_path / "world")
+    code, _, err = finish(toy)
+    assert code == 2 and "error: unrecognized arguments: --learning_rate 1" in err
+    assert not list(tmp_path.iterdir())
+
+
 def refuse(folder, data, out, *more):
     given = ["--model", folder, "--data", data, "--out", out, "--workers", 0, *more]
     with pytest.raises(SystemExit) as stop:
