@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash bench/all.sh     every figure of one GPU in bench/results again: 20 minutes of an H200.
+# bash bench/all.sh     every figure of one GPU in bench/results again: about 25 minutes of an H200.
 # The lines can be run one by one; each adds to its file if this commit and GPU wrote it, and begins
 # it anew otherwise. COMMIT names the commit where only its files are.
 set -o pipefail

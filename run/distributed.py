@@ -45,7 +45,7 @@ def add_up(values: dict[str, float], device: torch.device) -> dict[str, float]:
 
 def settle(device: torch.device) -> None:
     """Wait until finished collectives have let go of their tensors: NCCL's watchdog holds these
-    until it next looks, ten times a second."""
+    until it looks at them again, ten times a second."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         time.sleep(1)
