@@ -139,7 +139,10 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
         for r in rollouts:
             r.states = partial(predicting_states, model, r.prompt, r.group)
         for name in o.signals:
-            answers = [SIGNALS[name](r, o) for r in rollouts]
+            try:
+                answers = [SIGNALS[name](r, o) for r in rollouts]
+            except ValueError as error:
+                raise SystemExit(f"error: signal {name}: {error}") from None
             asking = [r for r, answer in zip(rollouts, answers) if isinstance(answer, Prompt)]
             changed = [answer for answer in answers if isinstance(answer, Prompt)]
             moved = iter(moves(asking, changed, o, model) if changed else [])

@@ -36,7 +36,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     completion_mask: (G, T) bool.  key_mask: (G, T) bool, or float weights >= 0.
     clip_high: the upper clip, where it is not 0 (DAPO).
     normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the mass of its key
-    tokens (released code: a gradient 2-3 times as large); "tokens" (DAPO) and
+    tokens (released code: a gradient 2 to 3.5 times as large); "tokens" (DAPO) and
     "constant" (Dr. GRPO) divide the sum over all rows by `total`, default the group's tokens.
     kl_on: "selected" puts the KL term on key tokens only (released code); "all" on every token.
     A row without key tokens adds 0. Values at padding are never read, whatever they hold.

@@ -22,6 +22,7 @@ import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -235,7 +236,8 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
         optimizer.zero_grad()
 
     options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
-    made_by = {**options, "processes": world, "records": len(records)}
+    texts = [sha256(Path(file).read_bytes()).hexdigest()[:8] for file in o.rule]
+    made_by = {**options, "processes": world, "records": len(records), "text of rules": texts}
     state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
     if resumed:
         state = checkpoint.load_state(resumed, optimizer, made_by)
@@ -259,7 +261,7 @@ def naming(rank: int, step: int, records: list[dict]):
         yield
     except Exception as error:
         names = ", ".join(str(record["problem_id"]) for record in records)
-        error.add_note(f"on rank {rank} in step {step}, with the records {names}")
+        error.add_note(f"on rank {rank} in step {step + 1}, with the records {names}")
         raise
 
 

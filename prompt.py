@@ -217,7 +217,11 @@ class Prompt:
                        next_position=int(positions.max()) + 1, frames=frames)
 
     def showing(self, frames: Tensor) -> "Prompt":
-        """With other frames of the same number and size."""
+        """With other frames of the same number and size. ValueError for others: their features
+        would be another prompt's."""
+        if frames.shape != self.frames.shape:
+            raise ValueError(f"frames of shape {tuple(frames.shape)} cannot stand for those of "
+                             f"shape {tuple(self.frames.shape)}")
         return replace(self, frames=frames)
 
 

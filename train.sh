@@ -25,6 +25,7 @@ toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}        # tiny products: threads only wait
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
+    [[ " $*" != *" --out"* ]] || { echo "error: say OUT=DIR bash train.sh toy, not --out" >&2; exit 2; }
     "$PY" -c 'import sys; from run.options import parse     # a typo is told before the work
 sys.argv[0] = "train.sh"; parse()' --model - --data - "$@"
     [ -f "$world/test.json" ] || "$PY" -m lab.toy make "$world"
@@ -34,6 +35,7 @@ sys.argv[0] = "train.sh"; parse()' --model - --data - "$@"
     "$PY" ktr.py --model cold_start --data "$world/train.json" --out "$out" --dtype float32 \
         --no_checkpointing --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 5e-5 \
         --warmup_steps 10 --save_every 50 --workers 1 "$@"
+    [ "$out/after" -nt "$out/final/config.json" ] || rm -rf "$out/after"        # of other weights
     "$PY" "${evaluate[@]}" --model "$out/final" --out "$out/after"
     "$PY" -m lab.toy table "$out"
     "$PY" -m lab.report "$out"

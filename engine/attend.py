@@ -26,23 +26,25 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, room: int
            scale: float | None) -> Tensor:
     """(N, G, H, D), from query (N, H, G, D), keys and values (N, H_kv, slots, D), D a power of 2.
 
-    Completion g sees the first lengths (N,) slots of its prompt and every G-th from room + g on, as
-    far as `slots` (G,), those of the new tokens. bf16, fp16 or fp32; no gradient.
+    A row of slots begins with its prompt's lengths (N,) tokens; from slot `room` on the completions
+    take turns. Completion g sees the prompt and every G-th slot from room + g on, as far as `slots`
+    (G,), those of the new tokens. bf16, fp16 or fp32; no gradient.
     """
     N, H, G, D = query.shape
     heads, length = keys.shape[1:3]
     rows = H // heads * G
     tiles = -(-rows // MOST_ROWS)
     parts = min(MOST_PARTS, max(1, round(ENOUGH / (N * heads * tiles))))
-    at_once, stages = (16, 2) if query.dtype == torch.float32 else (64, 3)      # slots; registers
-    shape, single = (N * heads, parts, rows), {"dtype": torch.float32, "device": query.device}
-    sums, tops = torch.empty(*shape, D, **single), torch.empty(shape, **single)
-    masses, out = torch.empty(shape, **single), query.new_empty(N, G, H, D)
+    slots_at_once, stages = (16, 2) if query.dtype == torch.float32 else (64, 3)    # by registers
+    # of each part: its highest score m, sum of exp(score - m), and sum of exp(score - m) * value
+    shape, fp32 = (N * heads, parts, rows), {"dtype": torch.float32, "device": query.device}
+    tops, masses = torch.empty(shape, **fp32), torch.empty(shape, **fp32)
+    sums, out = torch.empty(*shape, D, **fp32), query.new_empty(N, G, H, D)
     log2 = (scale or D ** -0.5) * math.log2(math.e)
     height = max(16, triton.next_power_of_2(min(rows, MOST_ROWS)))
     partial_attention[(parts, N * heads, tiles)](
         query.contiguous(), keys, values, slots, lengths, sums, tops, masses, room, heads, length,
-        rows, G, log2, D, height, at_once, num_warps=4, num_stages=stages)
+        rows, G, log2, D, height, slots_at_once, num_warps=4, num_stages=stages)
     join[(rows, N * heads)](sums, tops, masses, out, heads, rows, parts, G, D,
                             triton.next_power_of_2(parts), num_warps=2)
     return out

@@ -9,6 +9,7 @@
 What is not here is read from the checkpoint's own files, or is the same for all.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,9 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The config of a checkpoint's folder or hub name. OSError where there is none; ValueError, in
-    one line, where it is of no family that is known here."""
-    if Path(name).is_absolute() and not Path(name).is_dir():
+    """The config of a checkpoint's folder or hub name (ORGANISATION/MODEL). OSError where there is
+    none; ValueError, in one line, where it is of no family that is known here."""
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise OSError(f"{name}: no such folder")
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", "unknown")
     if kind not in FAMILIES:

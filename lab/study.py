@@ -34,6 +34,7 @@ from lab import report
 from lab.gradients import gradient_analysis
 from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
+from run.options import load_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -126,13 +127,15 @@ def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace,
 
 
 def try_one_step(options: str, a: argparse.Namespace) -> None:
-    """SystemExit with the last line that a failure prints: what is wrong, in a rule's error."""
+    """SystemExit with the last line that a failure prints: what is wrong, in a rule's error; and
+    with the one before, where the last says where it was."""
     with tempfile.TemporaryDirectory() as folder:
         train, _ = commands_of(Path(folder), 0, options, a)
         done = subprocess.run([sys.executable, *train, "--max_steps", "1", "--save_every", "0"],
                               cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit((done.stdout + done.stderr).strip().splitlines()[-1])
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        raise SystemExit("\n".join(lines[-2 if lines[-1].startswith("on rank ") else -1:]))
 
 
 def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
@@ -272,6 +275,8 @@ def main() -> None:
     variants = {name: VARIANTS[name] for name in only}
     variants.update(item.split("=", 1) for item in a.add)
     if a.rule:
+        if not load_rule(str(a.rule)):
+            raise SystemExit(f"error: {a.rule} has no OPTIONS: nothing selects what it registers")
         variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
         try_one_step(variants[a.rule.stem], a)
     Path(a.out).mkdir(parents=True, exist_ok=True)

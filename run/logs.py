@@ -67,7 +67,7 @@ def measured(r) -> dict[str, float]:
         "reward": rewards.mean(), "reward_std": rewards.std(),
         "flat": (rewards == rewards[0]).all(), "accuracy": r.accuracy.mean(),
         "dropped": ~r.borne.any(),
-        "format": r.format.mean(), "bonus": r.bonus.mean(), "length": n / len(rewards),
+        "format": r.format.mean(), "bonus": (r.bonus + r.extra).mean(), "length": n / len(rewards),
         "ended": r.group.ended.float().mean(), "tokens": n, "entropy": r.entropy.sum() / n,
         "overlap": (times > 1).sum() / r.key_mask.sum().clamp(min=1),
         "sampling_gap": gap.sum() / n, **r.metrics}

@@ -136,7 +136,7 @@ def load_rule(file: str) -> list[str]:
     rule = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(rule)
-    except (SyntaxError, ImportError) as error:
+    except (SyntaxError, ImportError, NameError, AttributeError) as error:
         raise SystemExit(f"error: --rule {file}: {type(error).__name__}: {error}") from None
     return shlex.split(getattr(rule, "OPTIONS", ""))
 

@@ -224,6 +224,14 @@ def test_a_rule_of_ones_own(tiny, prompts, asked, monkeypatch):
     assert r.chosen["late"].tolist() == [[False, False, True], [False, False, False]]
 
 
+def test_a_signal_that_shows_other_frames_is_named(tiny, prompts, monkeypatch):
+    """Their features would spill into the next prompt."""
+    monkeypatch.setitem(SIGNALS, "twice", lambda r, o: r.prompt.showing(
+        torch.cat([r.prompt.frames] * 2)))
+    with pytest.raises(SystemExit, match=r"error: signal twice: frames of shape \(\d+, .*cannot"):
+        attribute([rollout(prompts[0])], Options(signals=["twice"]), tiny[0])
+
+
 def test_scores_of_a_broken_model_do_not_stop_the_choice(tiny, prompts, monkeypatch):
     """Its loss is NaN as well, and that step is skipped: ktr.py. A rule's own NaN is an error."""
     monkeypatch.setitem(SIGNALS, "broken", lambda r, o: torch.full((2, 3), float("nan")))

@@ -315,7 +315,7 @@ def test_a_rank_that_raises_ends_the_job(checkpoint_folder, world, tmp_path):
     command = arguments(checkpoint_folder, world, tmp_path / "out", "--max_steps", 400)
     code, out = finish(start([*torchrun(2, script), *command]))
     assert code != 0 and "a fault in the reward" in out
-    assert re.search(r"on rank 1 in step 1, with the records \d+", out), out
+    assert re.search(r"on rank 1 in step 2, with the records \d+", out), out
     assert len(log_of(tmp_path / "out")) == 1                   # the other rank did not go on
 
 
@@ -472,6 +472,17 @@ def test_resume_needs_what_made_the_checkpoint(whole_run, run, tmp_path):
     torch.save(state, file)
     with pytest.raises(SystemExit, match="processes: 2 there, 1 now"):
         run(out, *WHOLE, "--max_steps", 8)
+
+
+def test_a_run_is_not_continued_under_another_text_of_its_rule(run, tmp_path):
+    rule = tmp_path / "mine.py"
+    for steps, text in ((1, "OPTIONS = '--ratio 0.3'"), (2, "OPTIONS = '--ratio 0.3'  # new")):
+        rule.write_text(text)
+        if steps == 1:
+            run(tmp_path / "out", "--rule", rule, "--max_steps", 1)
+        else:
+            with pytest.raises(SystemExit, match=r"text of rules: \['\w{8}'\] there, \['\w{8}'\]"):
+                run(tmp_path / "out", "--rule", rule, "--max_steps", 2)
 
 
 def test_records_are_left_out_when_a_run_goes_on(run, world, tmp_path):

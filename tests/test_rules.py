@@ -61,6 +61,7 @@ def test_a_rules_options_hold_unless_given(tmp_path):
 @pytest.mark.parametrize("text, why", [
     ("def (:", "SyntaxError: .*line 1"),
     ("import attributionn", "ModuleNotFoundError: .*attributionn"),
+    ("SIGNALS['mine'] = None", "NameError: .*SIGNALS"),
 ])
 def test_a_rules_file_with_a_slip_is_one_line(text, why, tmp_path):
     (tmp_path / "mine.py").write_text(text)
@@ -425,6 +426,7 @@ def test_two_ranks_make_the_update_of_one(checkpoint_folder, world, tmp_path):
         for name in ("reward", "length", "loss", "kl", "clipped", "dropped", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
     assert {row["dropped"] for row in log_of(one)} > {0.5}
+    assert max(row["bonus"] for row in log_of(one)) > 0.4       # a rule's, without one for length
 
 
 def test_several_updates_let_the_clip_bind(checkpoint_folder, world, tmp_path, monkeypatch):

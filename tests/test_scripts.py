@@ -114,10 +114,12 @@ def test_the_script_refuses_in_one_line(python, checkpoint_folder, world, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------- preflight
-def test_a_typo_is_told_before_the_toy_world_is_made(tmp_path):
-    toy = train(sys.executable, "toy", "--learning_rate", 1, WORLD=tmp_path / "world")
-    code, _, err = finish(toy)
-    assert code == 2 and "error: unrecognized arguments: --learning_rate 1" in err
+@pytest.mark.parametrize("given, says", [
+    (["--learning_rate", 1], "unrecognized arguments: --learning_rate 1"),
+    (["--out", "x"], "OUT=DIR")])
+def test_a_slip_is_told_before_the_toy_world_is_made(given, says, tmp_path):
+    code, _, err = finish(train(sys.executable, "toy", *given, WORLD=tmp_path / "world"))
+    assert code == 2 and f"error: {says}" in err.replace("say ", "")
     assert not list(tmp_path.iterdir())
 
 
@@ -174,8 +176,9 @@ def test_fewer_gpus_than_processes(checkpoint_folder, world, tmp_path, monkeypat
 
 
 def test_a_model_folder_that_is_not_there(world, tmp_path):
-    message = refuse(tmp_path / "model", world / "train.json", tmp_path)
-    assert f"{tmp_path / 'model'}: no such folder" in message
+    for name in (tmp_path / "model", "nowhere", "runs/of/mine"):        # none is asked of the hub
+        message = refuse(name, world / "train.json", tmp_path)
+        assert f"{name}: no such folder" in message
 
 
 def test_a_size_that_is_not_there(world, tmp_path):

@@ -277,6 +277,20 @@ def test_an_error_in_a_rules_file_ends_the_study_in_one_line(checkpoint_folder, 
     assert "\n" not in str(stop.value) and not (tmp_path / "late").exists()
 
 
+def test_a_rules_traceback_is_told_with_its_place(checkpoint_folder, world, tmp_path, monkeypatch):
+    file = tmp_path / "late.py"
+    file.write_text(RULE.replace("r.logp", "r.lgp"))
+    with pytest.raises(SystemExit, match=r"AttributeError: .*lgp.*\non rank 0 in step 1, with"):
+        run_study(monkeypatch, "--rule", file, "--world", world, "--model", checkpoint_folder,
+                  "--out", tmp_path)
+
+
+def test_a_rules_file_that_selects_nothing_is_refused(world, tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(RULE.replace("OPTIONS", "OPTION"))
+    with pytest.raises(SystemExit, match="late.py has no OPTIONS: nothing selects"):
+        run_study(monkeypatch, "--rule", tmp_path / "late.py", "--world", world)
+
+
 def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatch):
     def broken(command, **_):
         return Namespace(returncode=1, stdout="", stderr="error: something")
