@@ -293,7 +293,7 @@ def test_the_bonus_goes_to_correct_completions_where_order_helps(prompts, monkey
     monkeypatch.setattr(t_grpo, "accuracy_reward", lambda text, *_: text)
     o = Options(G=4, max_new_tokens=9, temperature=0.7, top_p=0.9, top_k=5)
     clips, image = prompts[:3], prompts[3]
-    still = clips[0].showing(clips[0].frames[:1])               # one frame has no order either
+    still = replace(clips[0], frames=clips[0].frames[:1])     # one frame has no order either
     shown = [clips[0], image, clips[1], still, clips[2]]
     accuracies = [ordered[0], torch.ones(4), ordered[1], torch.ones(4), ordered[2]]
     rollouts = []
