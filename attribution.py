@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, distances, soften
 from policy import Group, evaluating, predicting_states, score_groups
-from prompt import Prompt
+from prompt import Prompt, WrongFrames
 from run.options import Options
 
 
@@ -141,7 +141,7 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
         for name in o.signals:
             try:
                 answers = [SIGNALS[name](r, o) for r in rollouts]
-            except ValueError as error:
+            except WrongFrames as error:
                 raise SystemExit(f"error: signal {name}: {error}") from None
             asking = [r for r, answer in zip(rollouts, answers) if isinstance(answer, Prompt)]
             changed = [answer for answer in answers if isinstance(answer, Prompt)]

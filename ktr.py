@@ -237,7 +237,9 @@ def begin(o: Options, records: list[dict], left_out: set[int]) -> Run:
 
     options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
     texts = [sha256(Path(file).read_bytes()).hexdigest()[:8] for file in o.rule]
-    made_by = {**options, "processes": world, "records": len(records), "text of rules": texts}
+    made_by = {**options, "processes": world, "records": len(records)}
+    if texts:
+        made_by["text of rules"] = texts
     state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "made_by": made_by}
     if resumed:
         state = checkpoint.load_state(resumed, optimizer, made_by)

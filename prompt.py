@@ -42,6 +42,10 @@ class BadRecord(ValueError):
     """A record that cannot be used. The message names the record and says why."""
 
 
+class WrongFrames(ValueError):
+    """Frames that cannot stand for a prompt's own."""
+
+
 def one_line(value: object, most: int = 400) -> str:
     """What a message can hold of a text: no line ends or half characters, cut in the middle."""
     text = str(value)
@@ -217,11 +221,11 @@ class Prompt:
                        next_position=int(positions.max()) + 1, frames=frames)
 
     def showing(self, frames: Tensor) -> "Prompt":
-        """With other frames of the same number and size. ValueError for others: their features
+        """With other frames of the same number and size. WrongFrames for others: their features
         would be another prompt's."""
         if frames.shape != self.frames.shape:
-            raise ValueError(f"frames of shape {tuple(frames.shape)} cannot stand for those of "
-                             f"shape {tuple(self.frames.shape)}")
+            raise WrongFrames(f"frames of shape {tuple(frames.shape)} cannot stand for those of "
+                              f"shape {tuple(self.frames.shape)}")
         return replace(self, frames=frames)
 
 

@@ -86,7 +86,8 @@ def check_memory(o: Options) -> None:
     weights, trained = weight_count(o.model), weight_count(o.model, o.freeze)
     each = torch.finfo(getattr(torch, o.dtype)).bits // 8
     lasting = weights * each * (2 if o.beta > 0 else 1)
-    needed = (lasting + trained * (each + (0 if o.offload else 12 / world))) / 2 ** 30
+    state = 0 if o.offload else 12 * min(trained, weights / world)      # of the fullest shard
+    needed = (lasting + trained * each + state) / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if needed > 0.9 * there:                                    # the rest is for activations
         raise SystemExit(

@@ -25,9 +25,9 @@ toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}        # tiny products: threads only wait
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} evaluate
-    [[ " $*" != *" --out"* ]] || { echo "error: say OUT=DIR bash train.sh toy, not --out" >&2; exit 2; }
-    "$PY" -c 'import sys; from run.options import parse     # a typo is told before the work
-sys.argv[0] = "train.sh"; parse()' --model - --data - "$@"
+    [[ ! " $* " =~ " --out"[\ =] ]] || { echo "error: say OUT=DIR bash train.sh toy, not --out" >&2; exit 2; }
+    "$PY" -c 'import sys; from attribution import check_names; from run.options import parse
+sys.argv[0] = "train.sh"; check_names(parse())' --model - --data - "$@"    # a slip is told before the work
     [ -f "$world/test.json" ] || "$PY" -m lab.toy make "$world"
     evaluate=(evaluate.py --benchmark toy --data "$world/test.json" --videos "$world"
               --max_new_tokens 64 --batch 100 --dtype float32 --workers 1)
@@ -96,7 +96,7 @@ case "${1:-toy}" in
         ;;
     toy)
         [ $# = 0 ] || shift
-        [[ " $* " != *" --help "* ]] || exec "$PY" ktr.py --help
+        [[ ! " $* " =~ " "(-h|--help)" " ]] || exec "$PY" ktr.py --help
         toy "$@"
         ;;
     *) echo "usage: bash train.sh, or bash train.sh toy|7b [options of ktr.py], or bash train.sh rule FILE" >&2; exit 2 ;;

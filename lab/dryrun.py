@@ -43,11 +43,12 @@ def memory_parts(options: dict, prompts: float, peak: float) -> dict[str, float]
     if not peak:
         return {}
     n = weight_count(options["model"]) / 2 ** 30
+    trained = weight_count(options["model"], options["freeze"]) / 2 ** 30
     each = 2 if options["dtype"] == "bfloat16" else 4
     ranks = prompts / options["prompts_per_step"]
-    parts = {"weights": each * n, "gradients": each * n,
+    parts = {"weights": each * n, "gradients": each * trained,
              "reference": each * n if options["beta"] else 0.0,
-             "optimizer": 0.0 if options["offload"] else 12 * n / ranks}
+             "optimizer": 0.0 if options["offload"] else 12 * min(trained, n / ranks)}
     return {**parts, "activations": peak - sum(parts.values()), "peak": peak}
 
 

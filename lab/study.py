@@ -265,6 +265,9 @@ def main() -> None:
     if a.seeds < 1 or min(a.jobs, a.minutes) < 0:
         parser.error("--seeds takes a number from 1 on, --jobs and --minutes from 0")
 
+    if a.rule and not load_rule(str(a.rule)):
+        raise SystemExit(f"error: {a.rule} has no OPTIONS: nothing selects what it registers; name "
+                         "it there, also where it replaces a default")
     if not Path(a.world, "test.json").exists():
         make = [sys.executable, "-m", "lab.toy", "make", a.world, "--test", "1200"]
         subprocess.run(make, cwd=ROOT, check=True)
@@ -275,8 +278,6 @@ def main() -> None:
     variants = {name: VARIANTS[name] for name in only}
     variants.update(item.split("=", 1) for item in a.add)
     if a.rule:
-        if not load_rule(str(a.rule)):
-            raise SystemExit(f"error: {a.rule} has no OPTIONS: nothing selects what it registers")
         variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
         try_one_step(variants[a.rule.stem], a)
     Path(a.out).mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ def test_the_table_of_one_step_and_its_memory(tmp_path, capsys):
     row = {"step": 1, "prompts": 8.0, "seconds": 90.0, "memory_gib": 75.0}
     (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
     options = {"model": "random:7b", "G": 8, "max_new_tokens": 768, "max_frames": 16,
-               "dtype": "bfloat16", "prompts_per_step": 2, "beta": 0.04, "offload": False}
+               "dtype": "bfloat16", "prompts_per_step": 2, "beta": 0.04, "offload": False,
+               "freeze": []}
     (tmp_path / "options.json").write_text(json.dumps(options))
     got = table(tmp_path, epoch=100)
     assert got["seconds"]["seconds"] == 90 and got["memory_gib"]["peak"] == 75
