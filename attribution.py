@@ -150,12 +150,12 @@ def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
                 scores = next(moved) if isinstance(answer, Prompt) else answer
                 if scores is not None:
                     r.scores[name] = scores
-    for r in rollouts:                      # not earlier: a look at numbers waits for the GPU
+    for r in rollouts:              # after all passes, since to look at numbers is to wait for them
         for name, scores in r.scores.items():
+            # where the model gives NaN the gradient will be NaN, and the step skipped
             scores = checked(f"signal {name}", scores, r.logp).nan_to_num(nan=0.0)
-            r.scores[name] = scores         # a NaN of the model's makes the gradient NaN: that
-            r.chosen[name] = top_tokens(    # skips the step
-                scores, r.group.valid, o.ratios[name], o.pool, o.ties)
+            r.scores[name] = scores
+            r.chosen[name] = top_tokens(scores, r.group.valid, o.ratios[name], o.pool, o.ties)
         weights = WEIGHTS[o.weighting](r, o)
         r.key_mask = checked(f"weighting {o.weighting}", weights, r.logp, least=0)
 

@@ -53,8 +53,8 @@ def nucleus_border(p: Tensor, top_p: float) -> Tensor:
     nucleus is what lies above it. Found three bits at a time, since floats from 0 to 1 are
     ordered as their 30 bits are; sorting 152,064 words would take longer than a layer."""
     border = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
-    digits, shifts = (torch.arange(*n, dtype=torch.int32, device=p.device)
-                      for n in ((8,), (27, -1, -3)))
+    digits = torch.arange(8, dtype=torch.int32, device=p.device)
+    shifts = torch.arange(27, -1, -3, dtype=torch.int32, device=p.device)
     for steps in digits << shifts[:, None]:
         border = border_within(p, border, steps, top_p)
     return border.view(torch.float32)
