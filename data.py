@@ -145,8 +145,9 @@ def read_image(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a clip is looked at ("released": as qwen-vl-utils has it), and the seconds
-    between temporal patches ("one": 1.0 for every clip; "true": its own). See docs/tokens.md."""
+    """How much of a clip is looked at ("released": as qwen-vl-utils has it), the seconds between
+    temporal patches ("one": 1.0 for every clip; "true": its own), and where text goes on after it
+    (prompt.rope_positions). See docs/tokens.md."""
     max_frames: int = 16
     sample_fps: float = 2.0
     max_pixels: int = 128 * 28 * 28
@@ -154,6 +155,7 @@ class Limits:
     max_prompt: int = 16384
     pixels: str = "paper"
     seconds: str = "one"
+    text_after: str = "clip"
 
     def area(self, kind: str, n: int) -> tuple[int, int]:
         """(least, most) pixels of each frame of a clip of n frames, or of an image."""
@@ -211,7 +213,8 @@ class Prompts:
         try:
             media = load_media(record, self.root, self.limits, self.vision)
             if self.processor:
-                return self.processor.prompt(record, *media, self.limits.max_prompt)
+                return self.processor.prompt(record, *media, self.limits.max_prompt,
+                                             self.limits.text_after)
         except BadRecord as error:
             return Skipped(record, str(error))
 

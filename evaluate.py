@@ -69,7 +69,8 @@ class Clips(Prompts):
         for record in self.records[index]:
             try:
                 media = media or load_media(record, self.root, self.limits, self.vision)
-                made.append(self.processor.prompt(record, *media, self.limits.max_prompt))
+                made.append(self.processor.prompt(record, *media, self.limits.max_prompt,
+                                                  self.limits.text_after))
             except BadRecord as error:
                 made.append(Skipped(record, str(error)))
         return made
@@ -85,7 +86,8 @@ def answers(records: list[dict], a: argparse.Namespace, device: torch.device, ra
     """This rank's records, `--batch` at a time, with "output", or "unreadable" and why. A question
     draws its random numbers by its row. A prompt above the limit of tokens counts as unreadable."""
     model, processor = load(a.model, device, getattr(torch, a.dtype))
-    limits = Limits(a.frames, a.fps, a.max_pixels, max_prompt=32768, seconds=a.seconds)
+    limits = Limits(a.frames, a.fps, a.max_pixels, max_prompt=32768, seconds=a.seconds,
+                    text_after=a.text_after)
     by_path = sorted(records, key=lambda record: record["path"])
     clips = [list(group) for _, group in groupby(by_path, lambda record: record["path"])]
     mine = range(rank, len(clips), world)
@@ -322,13 +324,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--benchmark", choices=BENCHMARKS, help="whose words, splits, published figures")
     add("--protocol", choices=PROTOCOLS, help="how to measure (default: video-ktr)")
     add("--direct", dest="protocol", action="store_const", const="direct")
-    add("--frames", type=int, help="of a clip at most (default of these seven: the protocol's)")
+    add("--frames", type=int, help="of a clip at most (default of these eight: the protocol's)")
     add("--fps", type=float, help="frames of a second at most")
     add("--max_pixels", type=int, help="of a frame at most")
     add("--max_new_tokens", type=int, help="of an answer at most")
     add("--temperature", type=float, help="of sampling; 0: the likeliest answer")
     add("--top_p", type=float, help="nucleus of sampling")
     add("--seconds", choices=["one", "true"], help="between temporal patches: docs/tokens.md")
+    add("--text_after", choices=["clip", "frame"], help="where positions go on after a clip: after "
+        "its highest one, or after a frame's larger side (trained under transformers 5)")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--batch", type=int, default=32, help="questions decoded together")
     add("--workers", type=int, default=4, help="decoding processes per rank")

@@ -135,15 +135,17 @@ def patches(frames: Tensor, v: Vision) -> Tensor:
     return x.reshape(t * h * w, -1)
 
 
-def rope_positions(visual: Tensor, grid: tuple[int, int, int], merge: int, ticks: float) -> Tensor:
+def rope_positions(visual: Tensor, grid: tuple[int, int, int], merge: int, ticks: float,
+                   text_after: str = "clip") -> Tensor:
     """(3, P) temporal, height and width positions (M-RoPE): one clip, in one run of tokens or in
     several with text between, or an image.
 
     visual: (P,) bool, the media's tokens. grid: its (t, h, w) in patches. ticks: positions from one
     temporal patch of a run to the next, tokens_per_second * seconds (rounded down after the
-    product). As in transformers 5, text goes on after the larger side of a frame, even below the
-    clip's last second (transformers 4 went on after that); completions come after the highest
-    position of all.
+    product). text_after "clip": text goes on after the run's highest position of all three axes, as
+    in transformers 4, under which Qwen2-VL and Qwen2.5-VL checkpoints were trained; "frame": after
+    the larger side of a frame, even below the clip's last second, as in transformers 5. Completions
+    come after the highest position of all.
     """
     h, w = grid[1] // merge, grid[2] // merge
     parts, start = [], 0
@@ -154,7 +156,8 @@ def rope_positions(visual: Tensor, grid: tuple[int, int, int], merge: int, ticks
             parts.append(torch.stack(axes).flatten(1) + start)                      # (3, n)
         else:
             parts.append(torch.arange(start, start + n).expand(3, -1))
-        start += max(h, w) if seen else n
+        frame = seen and text_after == "frame"
+        start = start + max(h, w) if frame else int(parts[-1].max()) + 1
     return torch.cat(parts, dim=1)
 
 
@@ -261,7 +264,7 @@ class Processor:
         Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2))
 
     def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float,
-               max_prompt: int = 16384) -> Prompt:
+               max_prompt: int = 16384, text_after: str = "clip") -> Prompt:
         """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart. BadRecord if the prompt
         exceeds max_prompt tokens (it is never cut), or its question holds a token of an image."""
         v, media = self.vision, self.media_ids[record["data_type"]]
@@ -283,6 +286,6 @@ class Processor:
             raise BadRecord(f"{name_of(record)}: {count}")
         seconds = v.temporal * seconds_per_frame
         ticks = 1 if v.tokens_per_second is None else v.tokens_per_second * seconds
-        positions = rope_positions(ids == media, grid, v.merge, ticks)
+        positions = rope_positions(ids == media, grid, v.merge, ticks, text_after)
         after = int(positions.max()) + 1
         return Prompt(record, ids, positions, after, ids == media, frames, v, seconds)

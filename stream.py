@@ -98,7 +98,7 @@ def check_memory(o: Options) -> None:
 
 def limits_of(o: Options) -> Limits:
     return Limits(o.max_frames, o.sample_fps, o.max_pixels, o.image_pixels, o.max_prompt,
-                  pixels=o.pixels, seconds=o.seconds)
+                  pixels=o.pixels, seconds=o.seconds, text_after=o.text_after)
 
 
 def order(seed: int, records: int, per_epoch: int, left_out: set[int],

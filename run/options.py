@@ -97,6 +97,9 @@ class Options:
     sample_fps: float = option(2.0, "frames per second of the clip")
     seconds: str = one_of("one", "true", help="between temporal patches: 1.0, as the recipe's "
                           "checkpoint learnt it, or the clip's own, for a stock Qwen2.5-VL")
+    text_after: str = one_of("clip", "frame", help="where positions go on after a clip: after its "
+                             "highest position, as Qwen2-VL and Qwen2.5-VL checkpoints learnt it, "
+                             "or after a frame's larger side, for those trained under transformers 5")
     pixels: str = one_of("paper", "released", help="the next two, or the release's limits")
     max_pixels: int = option(128 * 28 * 28, "pixels per frame at most")
     image_pixels: int = option(512 * 28 * 28, "pixels of a still image at most")

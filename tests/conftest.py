@@ -92,8 +92,22 @@ def plain_inputs(prompt, completion=None):
     if prompt.kind == "video":
         media = {"pixel_values_videos": pixels, "video_grid_thw": grid,
                  "second_per_grid_ts": torch.tensor([prompt.seconds])}
+    if completion is not None:                  # without one, transformers makes its own positions
+        media["position_ids"] = positions_of(prompt, len(completion))
     return dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None],
                 mm_token_type_ids=kinds[None], **media)
+
+
+def positions_of(prompt, n):
+    """(3, 1, P + n) of a prompt and a completion of n tokens."""
+    following = (prompt.next_position + torch.arange(n)).expand(3, -1)
+    return torch.cat([prompt.positions, following], 1)[:, None]
+
+
+def as_in_transformers_5(processor, prompt):
+    """The same prompt with the text's positions as transformers 5 makes them, generate too."""
+    apart = prompt.seconds / prompt.vision.temporal
+    return processor.prompt(prompt.record, prompt.frames, apart, text_after="frame")
 
 
 def plain_logp(model, prompt, completion):

@@ -120,9 +120,8 @@ def plain_logp(plain, prompt, ids, visible=None, features=None):
         pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
         features = plain.model.visual(pixels, grid_thw=grid).pooler_output
     embeds[0, :len(prompt.ids)][prompt.visual] = features
-    following = (prompt.next_position + torch.arange(n)).expand(3, -1)
     states = plain.model.language_model(
-        inputs_embeds=embeds, position_ids=torch.cat([prompt.positions, following], 1)[:, None],
+        inputs_embeds=embeds, position_ids=inputs["position_ids"],
         attention_mask={"full_attention": sees[None, None]}).last_hidden_state
     logp = plain.lm_head(states)[0, len(prompt.ids) - 1:-1].log_softmax(-1)
     return logp.gather(-1, ids[:, None])[:, 0]

@@ -26,7 +26,8 @@ from rewards import grade
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
 PAPER = SHARED.parent / "facts"
 NEEDED = ["--model", "cold_start", "--benchmark", "mmvu", "--data", "d"]
-QUICK = ["--max_new_tokens", "8", "--dtype", "float32", "--workers", "0", "--batch", "7"]
+QUICK = ["--max_new_tokens", "8", "--dtype", "float32", "--workers", "0", "--batch", "7",
+         "--text_after", "frame"]               # positions as generate makes them
 
 
 def arguments(checkpoint_folder, world, out, *more):
@@ -249,6 +250,7 @@ def test_a_protocol_sets_defaults_and_an_option_wins():
     usual = parse(NEEDED)
     assert (usual.protocol, usual.frames, usual.temperature) == ("video-ktr", 16, 0.0)
     assert (usual.max_new_tokens, usual.max_pixels, usual.seconds) == (1024, 256 * 28 * 28, "one")
+    assert usual.text_after == "clip"
     authors = parse([*NEEDED, "--protocol", "video-r1", "--frames", "32"])
     assert (authors.temperature, authors.top_p, authors.frames) == (0.1, 0.001, 32)
     direct = parse([*NEEDED, "--direct", "--seconds", "one"])
@@ -292,7 +294,7 @@ def test_answers_are_those_of_generate(whole, tiny, plain, world):
     quiet = dict(max_new_tokens=8, do_sample=False, suppress_tokens=vision_tokens(plain.config))
     for r in rows[:6]:
         frames, seconds = evaluate.load_media(r, world, limits, processor.vision)
-        prompt = processor.prompt(r, frames, seconds)
+        prompt = processor.prompt(r, frames, seconds, text_after="frame")
         out = plain.generate(**plain_inputs(prompt), **quiet)[0, len(prompt.ids):]
         assert r["output"] == processor.tokenizer.decode(out, skip_special_tokens=True)
 

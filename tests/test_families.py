@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, plain_inputs
+from conftest import ROOT, as_in_transformers_5, plain_inputs
 from transformers import Qwen3VLProcessor
 
 import ktr
@@ -92,10 +92,7 @@ def plain_logp(plain, prompt, ids):
 def masked_logp(plain, prompt, ids, visible, size=1.0):
     """(n,) of a completion under transformers' text model, at its own positions, with a mask over
     the prompt's tokens, the vision features times `size`."""
-    inputs, n = inputs_of(plain, prompt, ids), len(ids)
-    rope = {name: x for name, x in inputs.items() if "pixel" not in name}
-    positions, _ = plain.model.get_rope_index(**rope)
-    length = len(prompt.ids) + n
+    inputs, length = inputs_of(plain, prompt, ids), len(prompt.ids) + len(ids)
     sees = torch.ones(length, length).tril().bool()
     sees[:, :len(prompt.ids)] &= visible
     sees |= torch.eye(length).bool()            # the hidden tokens' own rows must not be empty
@@ -109,7 +106,7 @@ def masked_logp(plain, prompt, ids, visible, size=1.0):
         more = {"visual_pos_masks": where,
                 "deepstack_visual_embeds": [size * x for x in seen.deepstack_features]}
     states = plain.model.language_model(
-        inputs_embeds=embeds, position_ids=positions, attention_mask=sees[None, None],
+        inputs_embeds=embeds, position_ids=inputs["position_ids"], attention_mask=sees[None, None],
         **more).last_hidden_state
     return logp_of(plain.lm_head(states), prompt, ids)
 
@@ -138,8 +135,8 @@ def test_every_part_of_the_family_is_there(family, ours, prompts):
     assert clip.visual.sum() == 16 and clip.grid == (4, 4, 4)
 
 
-def test_positions_are_the_librarys(plain, prompts):
-    for prompt in prompts:
+def test_positions_are_the_librarys(ours, plain, prompts):
+    for prompt in (as_in_transformers_5(ours[1], prompt) for prompt in prompts):
         rope = {k: v for k, v in inputs_of(plain, prompt).items() if "pixel" not in k}
         want, delta = plain.model.get_rope_index(**rope)
         assert torch.equal(prompt.positions, want[:, 0])
@@ -154,7 +151,20 @@ def test_scores_of_clips_and_images_together_are_the_librarys(ours, plain, promp
         assert torch.allclose(logp, seen, atol=2e-5)            # what sampling saw
 
 
+def test_where_text_stands_after_a_clip(family, ours, prompts):
+    """4 temporal patches, 2 or 1 apart, end at 6 or 3 and a frame of 2 x 2 tokens at 1; blocks of
+    one time each, and still images, end where their frames do."""
+    later = {"qwen2.5": 6 - 1, "qwen2": 3 - 1, "qwen3": 0}[family]
+    for prompt in prompts:
+        as_there = as_in_transformers_5(ours[1], prompt)
+        moved = later if prompt.kind == "video" else 0
+        assert prompt.next_position - as_there.next_position == moved
+        assert torch.equal(prompt.positions[:, -1] - as_there.positions[:, -1],
+                           torch.full((3,), moved))
+
+
 def test_greedy_samples_of_clips_and_images_together_are_generates(ours, plain, prompts):
+    prompts = [as_in_transformers_5(ours[1], prompt) for prompt in prompts]
     banned = vision_tokens(plain.config)
     assert len(banned) == 4
     for prompt, group in zip(prompts, sample(ours[0], prompts, 2, 16, temperature=0)):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import plain_inputs, plain_logp
+from conftest import as_in_transformers_5, plain_inputs, plain_logp
 
 import policy
 from engine.decoding import vision_tokens
@@ -88,15 +88,13 @@ def test_hiding_the_video_equals_an_attention_mask(tiny, plain, prompts, groups)
     got = score(tiny[0], prompt.hidden(), group)[0]
     for g, n in enumerate(group.lengths):
         inputs = plain_inputs(prompt, group.ids[g, :n])
-        following = (prompt.next_position + torch.arange(n)).expand(3, -1)
-        positions = torch.cat([prompt.positions, following], 1)[:, None]
         length = len(prompt.ids) + n
         visible = torch.ones(length, length).tril().bool()
         visible[:, :len(prompt.ids)] &= ~prompt.visual
         visible |= torch.eye(length).bool()     # the hidden tokens' own rows must not be empty
         embeds = plain.get_input_embeddings()(inputs["input_ids"])
         hidden = plain.model.language_model(
-            inputs_embeds=embeds, position_ids=positions,
+            inputs_embeds=embeds, position_ids=inputs["position_ids"],
             attention_mask={"full_attention": visible[None, None]}).last_hidden_state
         logp = plain.lm_head(hidden)[0, len(prompt.ids) - 1:-1].log_softmax(-1)
         want = logp.gather(-1, group.ids[g, :n, None])[:, 0]
@@ -106,7 +104,7 @@ def test_hiding_the_video_equals_an_attention_mask(tiny, plain, prompts, groups)
 def test_completions_stay_where_they_were_when_a_long_clip_is_hidden(tiny, prompts):
     """In a long clip the highest position is the last second's; hiding it must not move the
     completion."""
-    long = tiny[1].prompt(prompts[0].record, prompts[0].frames, seconds_per_frame=15.0)
+    long = tiny[1].prompt(prompts[0].record, prompts[0].frames, 15.0, text_after="frame")
     assert long.positions[:, ~long.visual].max() < long.positions.max()
     assert long.hidden().next_position == long.next_position == int(long.positions.max()) + 1
     assert long.hidden("moved").next_position == len(long.hidden("moved").ids)
@@ -163,6 +161,7 @@ def test_token_stats_in_chunks(monkeypatch):
 
 
 def test_greedy_sampling_equals_generate(tiny, plain, prompts):
+    prompts = [as_in_transformers_5(tiny[1], prompt) for prompt in prompts]
     for prompt, group in zip(prompts, sample(tiny[0], prompts, 1, 24, temperature=0)):
         want = plain.generate(**plain_inputs(prompt), max_new_tokens=24, do_sample=False,
                               suppress_tokens=vision_tokens(plain.config))

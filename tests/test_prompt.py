@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, plain_inputs
+from conftest import ROOT, as_in_transformers_5, plain_inputs
 
 import data
 from lab import toy
@@ -87,9 +87,9 @@ def test_one_line():
     assert one_line("a" * 300 + "b" * 300) == "a" * 200 + " .. " + "b" * 200
 
 
-def test_positions_equal_the_librarys(prompts, plain):
+def test_positions_equal_the_librarys(tiny, prompts, plain):
     """Where seconds are whole, transformers' get_rope_index agrees (5.17 cuts fractions)."""
-    for prompt in prompts:
+    for prompt in (as_in_transformers_5(tiny[1], prompt) for prompt in prompts):
         inputs = {k: v for k, v in plain_inputs(prompt).items() if "pixel" not in k}
         want, delta = plain.model.get_rope_index(**inputs)
         assert torch.equal(prompt.positions, want[:, 0])
@@ -98,9 +98,32 @@ def test_positions_equal_the_librarys(prompts, plain):
 
 def test_fractions_of_seconds_move_positions():
     visual = torch.tensor([False] + [True] * 4 + [False])
-    positions = rope_positions(visual, (4, 2, 2), 2, ticks=2 * 0.8)     # 4 patches of one token
+    positions = rope_positions(visual, (4, 2, 2), 2, 2 * 0.8, "frame")  # 4 patches of one token
     assert positions[0].tolist() == [0, 1, 2, 4, 5, 2]  # 1 + floor(0, 1.6, 3.2, 4.8); text from 2
     assert positions[1].tolist() == [0, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("grid, ticks, frame, clip", [
+    ((8, 16, 24), 2, 27, 30),           # 8 patches 2 apart: 15 .. 29; 8 x 12 tokens: 15 .. 26
+    ((32, 22, 38), 2, 34, 78),          # 15 .. 77; 11 x 19 tokens: 15 .. 33
+    ((8, 16, 24), 1, 27, 27),           # Qwen2-VL: 15 .. 22, so the frame's width is the highest
+    ((1, 16, 24), 2, 27, 27)])          # a still image
+def test_text_goes_on_after_the_clips_highest_position(grid, ticks, frame, clip):
+    """As in transformers 4, under which the checkpoints were trained; worked out by hand."""
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    visual = torch.tensor([False] * 15 + [True] * tokens + [False] * 3)
+    for text_after, first in (("clip", clip), ("frame", frame)):
+        positions = rope_positions(visual, grid, 2, ticks, text_after)
+        assert positions[:, -3:].tolist() == [[first, first + 1, first + 2]] * 3
+    assert torch.equal(rope_positions(visual, grid, 2, ticks)[:, -1], torch.full((3,), clip + 2))
+
+
+def test_blocks_of_one_time_each_stand_alike_under_both():
+    """Qwen3-VL's: a temporal patch a run, text between."""
+    run = [False] * 2 + [True] * 6
+    both = [rope_positions(torch.tensor(run * 3 + [False]), (3, 4, 6), 2, 1, text_after)
+            for text_after in ("clip", "frame")]
+    assert torch.equal(*both) and both[0][:, -1].tolist() == [15] * 3           # 3 * (2 + 3)
 
 
 def record(**more):

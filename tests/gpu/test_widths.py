@@ -46,7 +46,8 @@ def prompts(name):
     for kind, n in (("video", 8), ("image", 1)):
         frames = rng.integers(0, 255, (n, 160, 224, 3), dtype=np.uint8)
         record = {**WORDS, "data_type": kind}
-        made.append(processor.prompt(record, fit(frames, 160 * 224, processor.vision), 0.5))
+        frames = fit(frames, 160 * 224, processor.vision)
+        made.append(processor.prompt(record, frames, 0.5, text_after="frame"))      # as generate
     return made
 
 
