@@ -56,19 +56,25 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
     name: a checkpoint's folder or hub name, or random:3b, random:7b (seed is that of its weights).
     OSError where the checkpoint is missing or incomplete, ValueError where it is of another family.
+    Of its generation_config.json only the end tokens count: what `sample` draws is up to its caller.
     """
     logging.disable_progress_bar()
+    processor = load_processor(name)
     if name.startswith("random:"):
         model = blank.model(name, blank.tokenizer(), device, dtype, seed)
     else:
         model = families.from_pretrained(name, dtype)
-    return prepare(model, device), load_processor(name)
+    model.generation_config.eos_token_id = processor.ends
+    return prepare(model, device), processor
 
 
 def load_processor(name: str) -> Processor:
-    """The processor of a checkpoint's folder, hub name, or random:7b."""
+    """The processor of a checkpoint's folder, hub name, or random:7b. Errors as `load`'s, which a
+    folder's weights raise here too, before they are read."""
     if not name.startswith("random:"):
-        return Processor.from_pretrained(name)
+        processor = Processor.from_pretrained(name)
+        families.check_weights(name)
+        return processor
     tokenizer, v = blank.tokenizer(), Vision()
     constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
     return Processor(tokenizer, blank.config(name, tokenizer), constants)
@@ -303,7 +309,6 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
         seeds = range(len(prompts))
     if ends is None:
         ends = model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else ends
     lengths = [len(p.ids) for p in prompts]
     with evaluating(model):
         d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from engine.families import family_of, read_config, stamp
+from engine.families import end_tokens, family_of, read_config, stamp
 
 QUESTION_TRAIN = (
     "{Question}\nPlease think about this question as if you were a human pondering deeply. Engage "
@@ -235,8 +235,10 @@ class Prompt:
 class Processor:
     """Turns a record and its frames into a Prompt, as a checkpoint's constants and template say."""
 
-    def __init__(self, tokenizer, config, preprocessor: dict):
+    def __init__(self, tokenizer, config, preprocessor: dict, generation: dict = {}):
+        """preprocessor, generation: of preprocessor_config.json and generation_config.json."""
         self.tokenizer, self.preprocessor = tokenizer, preprocessor
+        self.ends = end_tokens(tokenizer, config, generation)
         self.media_ids = {"video": config.video_token_id, "image": config.image_token_id}
         size = preprocessor.get("size") or {}
         least = preprocessor.get("min_pixels") or size.get("shortest_edge") or Vision.min_pixels
@@ -253,11 +255,19 @@ class Processor:
         def read(file: str) -> dict:
             return json.loads(Path(cached_file(name, file)).read_text())
 
+        def read_if_there(file: str) -> dict:
+            try:
+                return read(file)
+            except OSError:
+                return {}
+
         config = read_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = read("chat_template.json")["chat_template"]
-        return cls(tokenizer, config, read("preprocessor_config.json"))
+        of_images = read_if_there("processor_config.json").get("image_processor")   # transformers 5
+        return cls(tokenizer, config, of_images or read("preprocessor_config.json"),
+                   read_if_there("generation_config.json"))
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -4,7 +4,6 @@
     Stream      which record is looked at in which step, on which rank; records that cannot be used
 """
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import count, islice, takewhile
@@ -41,7 +40,6 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
         fail(error)
     try:
         processor = load_processor(o.model)
-        weights_there(Path(o.model))
     except (ValueError, OSError, AttributeError, KeyError) as error:    # another architecture
         fail(f"--model {o.model}: no checkpoint to start from: "
              f"{str(error).strip().splitlines()[0]}")
@@ -64,16 +62,6 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
         for line in malformed:
             print(f"left out: {line}")
     return records, left_out
-
-
-def weights_there(folder: Path) -> None:
-    """OSError if a checkpoint's folder lacks a file of its weights; hub names pass."""
-    index, needed = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        needed = set(json.loads(index.read_text())["weight_map"].values())
-    for name in needed:
-        if folder.is_dir() and not (folder / name).is_file():
-            raise OSError(f"{name} is missing")
 
 
 def check_memory(o: Options) -> None:

@@ -31,12 +31,13 @@ def new_model(device: str, family: str = "qwen2.5") -> tuple[nn.Module, Processo
     tokenizer = toy.new_tokenizer(toy.STAMPS if family == "qwen3" else "")
     config = toy.new_config(tokenizer, family)
     model = prepare(family_of(config).model(config), device)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
     mean, std = (HALF, HALF) if family == "qwen3" else (Vision.mean, Vision.std)
     patch = config.vision_config.patch_size
     preprocessor = dict(image_mean=mean, image_std=std, patch_size=patch, temporal_patch_size=2,
                         merge_size=2, min_pixels=Vision.min_pixels, max_pixels=12845056)
-    return model, Processor(tokenizer, model.config, preprocessor)
+    processor = Processor(tokenizer, model.config, preprocessor)
+    model.generation_config.eos_token_id = processor.ends
+    return model, processor
 
 
 def said_by(teacher: str, tokenizer, device: str) -> Group:

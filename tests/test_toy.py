@@ -207,7 +207,7 @@ def test_training_the_cold_start_a_little(tmp_path, shipped):
     assert (tmp_path / "more" / "model.safetensors").read_bytes() == before
     assert sum(p.numel() for p in model.parameters()) < 1.3e6
     assert processor.tokenizer.eos_token == "<|im_end|>"
-    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == [processor.tokenizer.eos_token_id]
 
 
 # ------------------------------------------------------------------------------------- attribution
