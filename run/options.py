@@ -99,7 +99,7 @@ class Options:
                           "checkpoint learnt it, or the clip's own, for a stock Qwen2.5-VL")
     text_after: str = one_of("clip", "frame", help="where positions go on after a clip: after its "
                              "highest position, as Qwen2-VL and Qwen2.5-VL checkpoints learnt it, "
-                             "or after a frame's larger side, for those trained under transformers 5")
+                             "or after the larger side of a frame, as transformers 5 has it")
     pixels: str = one_of("paper", "released", help="the next two, or the release's limits")
     max_pixels: int = option(128 * 28 * 28, "pixels per frame at most")
     image_pixels: int = option(512 * 28 * 28, "pixels of a still image at most")
