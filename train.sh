@@ -66,7 +66,7 @@ print(torch.cuda.device_count(), "--shutdown-timeout" in inspect.getsource(run))
         set -- --max_steps 12 --save_every 0 --sample_every 1000000 --max_frames "$FRAMES" "$@"
     fi
     if [ -z "${DATA:-}" ]; then
-        echo "error: DATA is not set; it names the file of training records" >&2; exit 1
+        echo "error: DATA is not set; it names the file of training records (bash train.sh data DIR loads the paper's)" >&2; exit 1
     fi
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
     if [ -n "$dry" ] && [ "$gpus" = 1 ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
@@ -93,6 +93,7 @@ print(torch.cuda.device_count(), "--shutdown-timeout" in inspect.getsource(run))
         "$PY" -m lab.dryrun table "$OUT"
     else
         "$PY" -m lab.report "${OUT:-runs/7b}"
+        echo "next: bash train.sh table ${MODEL:-Video-R1/Qwen2.5-VL-7B-COT-SFT} ${OUT:-runs/7b} --data DIR"
     fi
 }
 

@@ -195,7 +195,7 @@ def test_a_list_of_another_hash_is_not_kept(tmp_path):
         assert made.returncode == 1 and says in made.stderr and not there(tmp_path) - {"l.part"}
 
 
-# ---------------------------------------------------------------------------------------- the faults
+# --------------------------------------------------------------------------------------- the faults
 def test_a_lost_connection_goes_on_where_it_was_lost(hub, tmp_path):
     hub.cut[STAR] = PIECE + 5
     assert load(hub, tmp_path, *WANTED)[0] == 0
