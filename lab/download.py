@@ -124,7 +124,7 @@ def benchmarks(a: argparse.Namespace) -> None:
     for name, (repo, root) in BENCHMARKS.items():
         try:
             path = list_of(url_of("Video-R1/Video-R1-eval", f"eval_{name}.json"), a.folder)
-            load(repo, root, named_by(read_json(path)), a.folder, a.keep_zips, a.dry_run)
+            load(repo, root, named_by(read_records(path)[0]), a.folder, a.keep_zips, a.dry_run)
         except HTTPError as error:
             print(f"{name}: {first_line(error)}; the rest goes on. Some data sets want their terms "
                   f"accepted (https://huggingface.co/datasets/{repo}) and `hf auth login`")
@@ -152,14 +152,17 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dry_run", action="store_true", help="say what it takes, and stop")
     a = parser.parse_args(arguments)
     a.folder = a.folder.resolve()
+    if a.benchmarks and (a.only or a.list != "paper"):
+        parser.error("--list and --only are of the training data, not of --benchmarks")
     try:
         a.folder.mkdir(parents=True, exist_ok=True)
         (benchmarks if a.benchmarks else training)(a)
     except BadRecord as error:
         raise SystemExit(f"error: {error}") from None
     except (HTTPError, OSError) as error:
-        raise SystemExit(f"error: {first_line(error)}\n"
-                         "what is loaded stays; the same command continues") from None
+        raise SystemExit(f"error: {first_line(error)}; the same command continues") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues") from None
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL")
     add("--data", type=Path, default=Path("."), help="the folder of lists and clips")
-    add("--benchmarks", nargs="+", choices=BENCHMARKS, default=PAPER)
+    add("--benchmarks", nargs="+", choices=[*PAPER, "mvbench", "vsibench"], default=PAPER)
     add("--frames", nargs="+", type=int, help="default: 16 32 64")
     add("--out", type=Path, default=Path("runs/table"))
     add("--toy", action="store_true", help="the toy's benchmark, cold start and run")
@@ -299,5 +299,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that evaluate.py is ended too
+    for number in (signal.SIGTERM, signal.SIGINT):              # evaluate.py is ended with this
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     main()
