@@ -290,22 +290,31 @@ def report(settings: dict, rows: list[dict]) -> dict:
     return table
 
 
-def compare(first: str, second: str) -> dict:
-    """Print and return the difference of two files' scores over the questions that both answered,
-    with a paired interval; and what else they differ in. BadRecord if these are of one clip."""
-    (ours, a), (theirs, b) = read_predictions(first), read_predictions(second)
+def difference(a: list[dict], b: list[dict]) -> dict | None:
+    """A - B over the questions that both answered, {"n", score: {"difference", "interval"}}, with
+    the paired interval; None if these are of fewer than two clips."""
     others = {(row["row"], row["problem"]): row["grade"] for row in b if "grade" in row}
     pairs = [(row["grade"], others[row["row"], row["problem"]], row["path"]) for row in a
              if "grade" in row and (row["row"], row["problem"]) in others]
     if len({path for *_, path in pairs}) < 2:
-        raise BadRecord(f"{first} and {second}: fewer than two clips that both answered")
-    print(f"{len(pairs)} questions that both answered, of {len(a)} in A and {len(b)} in B")
+        return None
     table = {"n": len(pairs)}
     for i, name in enumerate(("strict", "lenient")):
-        differences = [(x[i] - y[i], path) for x, y, path in pairs]
-        mean, half = paired(differences)
+        mean, half = paired([(x[i] - y[i], path) for x, y, path in pairs])
         table[name] = {"difference": mean, "interval": (mean - half, mean + half)}
-        print(f"{name:8} A - B {mean:+.1%} +- {half:.1%}")
+    return table
+
+
+def compare(first: str, second: str) -> dict:
+    """Print and return the difference of two files' scores, and what else they differ in."""
+    (ours, a), (theirs, b) = read_predictions(first), read_predictions(second)
+    table = difference(a, b)
+    if table is None:
+        raise BadRecord(f"{first} and {second}: fewer than two clips that both answered")
+    print(f"{table['n']} questions that both answered, of {len(a)} in A and {len(b)} in B")
+    for name in ("strict", "lenient"):
+        mean, (low, high) = table[name].values()
+        print(f"{name:8} A - B {mean:+.1%} +- {(high - low) / 2:.1%}")
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             print(f"they differ in {name}: A {ours.get(name)}, B {theirs.get(name)}")

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # bash train.sh              the toy world from start to finish, on any machine, with a GPU or without
 # bash train.sh rule FILE     a rule of your own against its controls: tables and a page (about 14 minutes on two cores)
+# bash train.sh data DIR      the paper's list and its media, from the hub (--dry_run: what that takes; -h)
 # bash train.sh 7b [...]     the paper's recipe on this node's GPUs; what follows goes to ktr.py
 # bash train.sh 7b --dry_run [...]     a dozen steps with random weights and synthetic clips: seconds and memory here
+# bash train.sh table RUN ..  benchmarks x frames of runs and checkpoints, beside the published figures (-h; --toy)
 #
 # The recipe reads from the environment
 #   MODEL   checkpoint folder or hub name (Video-R1/Qwen2.5-VL-7B-COT-SFT)     DATA     its records, JSON (needed)
@@ -18,8 +20,15 @@ for word in "$@"; do                    # and so are files among the arguments
     [ ! -f "$word" ] || [ "${word:0:1}" = / ] || word=$PWD/$word
     set -- "$@" "$word"
 done
+from=$PWD
 cd "$(dirname "$0")"
 . run/env.sh
+
+there() {           # a module of ours, in the folder where you are
+    [ "${PY:0:1}" != . ] || PY=$PWD/$PY
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+    cd "$from"; exec "$PY" -P -m "$@"      # -P: not the modules that lie where you are
+}
 
 toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -57,7 +66,7 @@ print(torch.cuda.device_count(), "--shutdown-timeout" in inspect.getsource(run))
         set -- --max_steps 12 --save_every 0 --sample_every 1000000 --max_frames "$FRAMES" "$@"
     fi
     if [ -z "${DATA:-}" ]; then
-        echo "error: DATA is not set; it names the file of training records" >&2; exit 1
+        echo "error: DATA is not set; it names the file of training records (bash train.sh data DIR loads the paper's)" >&2; exit 1
     fi
     nproc=${NPROC:-$([ "$gpus" = 0 ] && echo 1 || echo "$gpus")}
     if [ -n "$dry" ] && [ "$gpus" = 1 ] && [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
@@ -84,10 +93,13 @@ print(torch.cuda.device_count(), "--shutdown-timeout" in inspect.getsource(run))
         "$PY" -m lab.dryrun table "$OUT"
     else
         "$PY" -m lab.report "${OUT:-runs/7b}"
+        echo "next: bash train.sh table ${MODEL:-Video-R1/Qwen2.5-VL-7B-COT-SFT} ${OUT:-runs/7b} --data DIR"
     fi
 }
 
 case "${1:-toy}" in
+    data) shift; there lab.download "$@" ;;
+    table) shift; there lab.table "$@" ;;
     7b) shift; recipe "$@" ;;
     rule)
         shift
@@ -99,5 +111,5 @@ case "${1:-toy}" in
         [[ ! " $* " =~ " "(-h|--help)" " ]] || exec "$PY" ktr.py --help
         toy "$@"
         ;;
-    *) echo "usage: bash train.sh, or bash train.sh toy|7b [options of ktr.py], or bash train.sh rule FILE" >&2; exit 2 ;;
+    *) echo "usage: bash train.sh, or bash train.sh toy|7b [options of ktr.py], or bash train.sh data DIR, rule FILE or table RUN .." >&2; exit 2 ;;
 esac

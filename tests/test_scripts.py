@@ -19,6 +19,7 @@ from run.options import parse
 from stream import preflight
 
 TINY = ["--dtype", "float32", "--max_new_tokens", "8", "--G", "2", "--workers", "0", "--lr", "1e-3"]
+FIND = "print(importlib.util.find_spec('data').origin)"
 PYTHON = '''#!/bin/sh
 [ "$1" != -c ] || {{ echo 0 {}; exit; }}
 exec "{}" "$@"
@@ -111,6 +112,25 @@ def test_the_script_refuses_in_one_line(python, checkpoint_folder, world, tmp_pa
     assert not (tmp_path / "out").exists()                      # nothing was begun
     code, _, err = finish(train(python, "8b"))
     assert code == 2 and err.startswith("usage: ")
+
+
+def test_data_and_table_run_where_you_are(tmp_path):
+    """With this project's modules, not with those that lie there."""
+    (tmp_path / "data.py").write_text("raise SystemExit('not this one')")
+    (tmp_path / "list.json").touch()
+    for given, runs in ((["data", "DIR", "--list", "list.json"], "lab.download"),
+                        (["table", "runs/7b"], "lab.table")):
+        asked = f"import importlib.util, os, sys; print(os.getcwd(), sys.argv[1:]); {FIND}"
+        stub = tmp_path / "python"
+        stub.write_text(f"""#!/bin/sh
+[ "$1" != -c ] || exit 0
+[ "$1 $2 $3" = "-P -m {runs}" ] && shift 3 && exec {sys.executable} -P -c "{asked}" "$@"
+""")
+        stub.chmod(0o755)
+        made = subprocess.run(["bash", ROOT / "train.sh", *given], cwd=tmp_path, text=True,
+                              capture_output=True, env={**os.environ, "PYTHON": str(stub)})
+        where = [str(tmp_path / word) if word == "list.json" else word for word in given[1:]]
+        assert made.stdout.split("\n")[:2] == [f"{tmp_path} {where}", str(ROOT / "data.py")], made
 
 
 # ---------------------------------------------------------------------------------------- preflight
