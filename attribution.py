@@ -1,109 +1,65 @@
-"""Attribution: which tokens carry the gradient. The one file a fork edits.
-
-Paper section 3.2. A signal scores every token y_t of a group's completions; each signal keeps its
-top r of them, and the union of the kept tokens is the key mask m (eq. 5).
+"""Attribution: which tokens carry the gradient (paper, section 3.2). A fork edits this file.
 
     visual    eq. 2   |logp(y_t | v, q, y_<t) - logp(y_t | v masked,   q, y_<t)|
-    temporal  eq. 3   |logp(y_t | v, q, y_<t) - logp(y_t | v shuffled, q, y_<t)|   videos only
+    temporal  eq. 3   |logp(y_t | v, q, y_<t) - logp(y_t | v shuffled, q, y_<t)|    videos only
     entropy   eq. 4   -sum_w p_w log p_w
-    random    chance: the control that every claim about the others needs
-    all       every token alike: kept whole, this is plain GRPO
+    key mask  eq. 5   the union of the top r of each signal's tokens
 
-A signal is a function of a `Rollout` and the run's options. It returns its scores (G, T); or the
-prompt that should be shown instead, and a token's score is how far its log-probability moves then;
-or None where it does not apply. SIGNALS names it. How a video is masked or shuffled, and the other
-options of the paper's ablations, are ablations.py's. What selects is pure tensor functions.
+A signal scores every token y_t of a group's completions. It is a counterfactual (the prompt that is
+shown instead: a token's score is how far its log-probability moves) or a function that gives the
+scores. This file needs torch alone: `shift` and `select` take tensors of any trainer, `attribute` a
+rollout (rollout.py), options (options.py) and a function that scores prompts.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, distances, soften
-from policy import Group, evaluating, predicting_states, score_groups
-from prompt import Prompt, WrongFrames
-from run.options import Options
+if TYPE_CHECKING:
+    from options import Options
+    from prompt import Prompt
+    from rollout import Group, Rollout
 
 
-@dataclass
-class Rollout:
-    """One prompt and its group of G completions: all that a step finds out about them, in order.
+class RuleError(ValueError):
+    """What a rule gave cannot be used. The message names the rule, in one line."""
 
-    ktr.py fills it from top to bottom. (G, T) fields hold 0 or False at padding.
+
+# ---------------------------------------------------------------------------------- counterfactuals
+def mask_video(r: "Rollout", o: "Options") -> "Prompt":
+    """The prompt without its video tokens (eq. 2). A token that is hidden from attention reaches no
+    other token, so leaving it out gives the same log-probabilities and costs nothing.
+
+    Text stays at its own positions, so that only the video differs; under `--positions moved` it
+    closes the gap, as in the released code.
     """
-    prompt: Prompt
-    group: Group                            # the completions: ids, valid (G, T)
-    seed: int                               # of sampling, even; the signals' is the next one
-
-    accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
-    format: Tensor | None = None            # (G,) 1 where the completion has the asked-for form
-    extra: Tensor | None = None             # (G,) a rule's reward (--bonus)
-
-    logp: Tensor | None = None              # (G, T) of the sampled tokens under the policy
-    old_logp: Tensor | None = None          # (G, T) the same before the first of --updates
-    entropy: Tensor | None = None           # (G, T) nats
-    ref_logp: Tensor | None = None          # (G, T) under the starting checkpoint; None: beta is 0
-
-    scores: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T)
-    chosen: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T) bool, its top r
-    key_mask: Tensor | None = None          # (G, T) bool, or weights >= 0 (--weighting)
-
-    bonus: Tensor | None = None             # (G,) for the length of right answers
-    rewards: Tensor | None = None           # (G,) accuracy + format + bonus + extra
-    advantages: Tensor | None = None        # (G,)
-    borne: Tensor | None = None             # (G, T) bool: tokens that bear the loss
-    metrics: dict[str, Tensor] = field(default_factory=dict)    # of the loss, and the loss itself
-
-    generator: torch.Generator = field(init=False)              # the signals' random numbers, on
-    states: Callable[[], tuple[Tensor, Tensor]] | None = None   # any rank the same. states():
-                                                                # predicting (G, T, D), head (V, D)
-
-    def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + 1)
+    p, text = r.prompt, ~r.prompt.visual                                            # (P,)
+    ids, positions, following = p.ids[text], p.positions[:, text], p.next_position
+    if o.positions == "moved":
+        positions, following = torch.arange(len(ids)).expand(3, -1), len(ids)
+    return replace(p, ids=ids, positions=positions, next_position=following, visual=p.visual[text],
+                   frames=None)
 
 
-# ------------------------------------------------------------------------------------------ signals
-def visual(r: Rollout, o: Options) -> Prompt:
-    """The prompt with its video masked: what depends on seeing it at all moves (eq. 2)."""
-    return MASKINGS[o.masking](r, o)
-
-
-def temporal(r: Rollout, o: Options) -> Prompt | None:
-    """The prompt with its frames in another order: what depends on that moves (eq. 3)."""
-    timed = o.times == "moved" and r.prompt.vision.timestamps       # pairs of frames share a time
-    n = r.prompt.grid[0] if timed else len(r.prompt.frames)
+def shuffle_frames(r: "Rollout", o: "Options") -> "Prompt":
+    """The prompt with its frames in another order (eq. 3), the same for the whole group; the prompt
+    itself where there is no other order: an image, a clip of one frame."""
+    n = len(r.prompt.frames)
     if r.prompt.kind == "image" or n < 2:
-        return None
-    order = ORDERS[o.order](n, r.generator)
-    return r.prompt.rearranged(order) if timed else r.prompt.reordered(order)
+        return r.prompt
+    return r.prompt.with_frames(r.prompt.frames[frame_order(n, r.generator)])
 
 
-def entropy(r: Rollout, o: Options) -> Tensor:
-    """Where the model is unsure (eq. 4)."""
-    return r.entropy
-
-
-def random(r: Rollout, o: Options) -> Tensor:
-    """Chance, at the same ratio."""
-    return torch.rand(r.logp.shape, generator=r.generator).to(r.logp.device)
-
-
-def every(r: Rollout, o: Options) -> Tensor:
-    """Every token alike."""
-    return torch.ones_like(r.logp)
-
-
-SIGNALS: dict[str, Callable[[Rollout, Options], Tensor | Prompt | None]] = {
-    "visual": visual,
-    "temporal": temporal,
-    "entropy": entropy,
-    "random": random,
-    "all": every,
-}
+def frame_order(n: int, generator: torch.Generator) -> Tensor:
+    """A random permutation (n,) of n >= 2 frames that is never the identity."""
+    while True:
+        order = torch.randperm(n, generator=generator)
+        if not torch.equal(order, torch.arange(n)):
+            return order
 
 
 def shift(logp: Tensor, counterfactual_logp: Tensor, kind: str = "abs") -> Tensor:
@@ -121,51 +77,12 @@ def shift(logp: Tensor, counterfactual_logp: Tensor, kind: str = "abs") -> Tenso
     return difference.abs() if kind == "abs" else difference
 
 
-def moves(rollouts: list[Rollout], changed: list[Prompt], o: Options, model) -> list[Tensor]:
-    """How far each rollout's tokens move, (G, T), when its changed prompt is shown instead."""
-    groups = [r.group for r in rollouts]
-    if o.distance != "logp":
-        return distances(model, [r.prompt for r in rollouts], changed, groups, o.distance)
-    counterfactual = score_groups(model, changed, groups)
-    return [shift(r.logp, logp, o.shift) for r, (logp, _) in zip(rollouts, counterfactual)]
-
-
-def attribute(rollouts: list[Rollout], o: Options, model: nn.Module) -> None:
-    """Fill in each rollout's scores, each signal's chosen tokens, and the key mask. No gradient.
-
-    The rollouts' changed prompts share one forward pass per signal.
-    """
-    with evaluating(model):
-        for r in rollouts:
-            r.states = partial(predicting_states, model, r.prompt, r.group)
-        for name in o.signals:
-            try:
-                answers = [SIGNALS[name](r, o) for r in rollouts]
-            except WrongFrames as error:
-                raise SystemExit(f"error: signal {name}: {error}") from None
-            asking = [r for r, answer in zip(rollouts, answers) if isinstance(answer, Prompt)]
-            changed = [answer for answer in answers if isinstance(answer, Prompt)]
-            moved = iter(moves(asking, changed, o, model) if changed else [])
-            for r, answer in zip(rollouts, answers):
-                scores = next(moved) if isinstance(answer, Prompt) else answer
-                if scores is not None:
-                    r.scores[name] = scores
-    for r in rollouts:              # after all passes, since to look at numbers is to wait for them
-        for name, scores in r.scores.items():
-            # where the model gives NaN the gradient will be NaN, and the step skipped
-            scores = checked(f"signal {name}", scores, r.logp).nan_to_num(nan=0.0)
-            r.scores[name] = scores
-            r.chosen[name] = top_tokens(scores, r.group.valid, o.ratios[name], o.pool, o.ties)
-        weights = WEIGHTS[o.weighting](r, o)
-        r.key_mask = checked(f"weighting {o.weighting}", weights, r.logp, least=0)
-
-
 # ---------------------------------------------------------------------------------------- selection
 def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
                ties: str = "exact") -> Tensor:
     """(G, T) bool: the ceil(ratio * n) best-scored of the pool's n valid tokens, no invalid one.
 
-    scores (G, T), valid (G, T) bool.
+    scores (G, T), valid (G, T) bool: the completion mask.
     pool: "group" ranks the tokens of all G rollouts together, "response" each row by itself.
     ties: "exact" keeps the earlier token (row by row, then position). "threshold" keeps every
     token that reaches the (1 - ratio) quantile, so that ties exceed the ratio (released code).
@@ -182,7 +99,7 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
         rows = [top_tokens(s[None], v[None], ratio, "group", ties) for s, v in zip(scores, valid)]
         return torch.cat(rows) if rows else torch.zeros_like(valid)
     mask = torch.zeros_like(valid)
-    candidates = scores[valid]              # (n,)
+    candidates = scores[valid]                                                      # (n,)
     if candidates.isnan().any():
         raise ValueError("a valid token has the score NaN")
     if len(candidates) == 0:
@@ -197,52 +114,89 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
     return mask.masked_scatter(valid, kept)
 
 
-def union(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
-    """(G, T) bool: the tokens that any signal chose."""
+def union(masks: dict[str, Tensor], valid: Tensor) -> Tensor:
+    """(G, T) bool: the tokens in any of the signals' masks."""
     mask = torch.zeros_like(valid, dtype=torch.bool)
-    for tokens in chosen.values():
+    for tokens in masks.values():
         mask = mask | tokens
     return mask
 
 
-def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float],
+def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float] | float,
            pool: str = "group", ties: str = "exact") -> Tensor:
-    """The key mask m (G, T): the union of each signal's top tokens (eq. 5). In one call what
-    `attribute` does in two, since it keeps what each signal chose."""
-    chosen = {name: top_tokens(scores, valid, ratios[name], pool, ties)
-              for name, scores in signals.items()}
-    return union(chosen, valid)
+    """The key mask m (G, T): the union of each signal's top tokens (eq. 5). ratios: of each signal,
+    or one for all."""
+    if not isinstance(ratios, dict):
+        ratios = dict.fromkeys(signals, ratios)
+    return union({name: top_tokens(scores, valid, ratios[name], pool, ties)
+                  for name, scores in signals.items()}, valid)
 
 
-# ------------------------------------------------------------------------ the other seams of a rule
-# Each is named by an option (--weighting NAME ..). What it gives is on the policy's device and
-# without gradient, but for a penalty, which has one; bonuses are on the CPU.
-WEIGHTS: dict[str, Callable[[Rollout, Options], Tensor]] = {            # -> (G, T) >= 0
-    "binary": lambda r, o: union(r.chosen, r.group.valid),              # the key mask (eq. 5)
-    **dict.fromkeys(WEIGHTINGS, lambda r, o: soften(r.scores, r.group.valid, o.weighting))}
-ADVANTAGES: dict[str, Callable] = {"group": lambda r, o: r.advantages}  # -> (G,) or (G, T)
-PENALTIES: dict[str, Callable] = {"none": lambda r, o, model: None}     # -> (), for the loss
-BONUSES: dict[str, Callable] = {            # -> (G,) for each rollout; read(group) -> its texts
-    "none": lambda rollouts, o, model, read: [torch.zeros_like(r.accuracy) for r in rollouts]}
-SEAMS = {           # what an option may name
-    "signals": SIGNALS, "masking": MASKINGS, "order": ORDERS, "distance": DISTANCES,
-    "weighting": WEIGHTS, "advantage": ADVANTAGES, "penalty": PENALTIES, "bonus": BONUSES}
+# ------------------------------------------------------------------------- the registries of a rule
+# (r, o) -> the prompt that is shown instead. Where a signal does not apply, it gives r.prompt
+COUNTERFACTUALS: dict[str, Callable[["Rollout", "Options"], "Prompt"]] = {
+    "visual": mask_video,
+    "temporal": shuffle_frames,
+}
+# (r, o) -> scores (G, T)
+SCORES: dict[str, Callable[["Rollout", "Options"], Tensor]] = {
+    "entropy": lambda r, o: r.entropy,                                  # eq. 4
+    "random": lambda r, o: torch.rand(r.logp.shape, generator=r.generator).to(r.logp.device),
+    "all": lambda r, o: torch.ones_like(r.logp),                        # plain GRPO
+}
+# (r, o) -> weights (G, T) >= 0 in the loss
+WEIGHTS: dict[str, Callable[["Rollout", "Options"], Tensor]] = {
+    "binary": lambda r, o: union(r.top_tokens, r.group.completion_mask),        # the key mask, eq. 5
+}
 
 
-def check_names(o: Options) -> None:
-    """SystemExit, in one line, where an option names what is not registered."""
-    for option, registry in SEAMS.items():
-        named = getattr(o, option)
-        for name in [named] if isinstance(named, str) else named:
-            if name not in registry:
-                what, known = option.removesuffix("s"), ", ".join(registry)
-                raise SystemExit(f"error: unknown {what} {name!r}; known: {known}")
+def attribute(rollouts: list["Rollout"], o: "Options",
+              score: Callable[[Sequence["Prompt"], Sequence["Group"]], list[Tensor]]) -> None:
+    """Fill in each rollout's scores and top tokens by signal, and its key mask. No gradient.
+
+    score(prompts, groups): the log-probabilities (G, T) of each group after another prompt. A
+    signal's changed prompts are scored together. RuleError where a rule gives what cannot be used.
+    """
+    for name in o.signals:
+        if name in SCORES:
+            for r in rollouts:
+                if (scores := SCORES[name](r, o)) is not r.prompt:
+                    r.scores[name] = scores
+            continue
+        changed = [(r, prompt) for r in rollouts
+                   if (prompt := counterfactual(name, r, o)) is not r.prompt]
+        found = score([prompt for _, prompt in changed], [r.group for r, _ in changed])
+        for (r, _), counterfactual_logp in zip(changed, found):
+            r.scores[name] = shift(r.logp.detach(), counterfactual_logp, o.shift)   # eq. 2, 3
+    for r in rollouts:          # after all passes: to look at numbers is to wait for the GPU
+        for name, scores in r.scores.items():
+            # where the model gives NaN the gradient will be NaN, and the step skipped
+            scores = check_output(f"signal {name}", scores, r.logp).nan_to_num(nan=0.0)
+            r.scores[name] = scores
+            r.top_tokens[name] = top_tokens(scores, r.group.completion_mask, o.ratios[name],
+                                            o.pool, o.ties)
+        weights = WEIGHTS[o.weighting](r, o)
+        r.key_mask = check_output(f"weighting {o.weighting}", weights, r.logp, minimum=0)
 
 
-def checked(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
-            least: float = -math.inf) -> Tensor:
-    """What a rule gave; SystemExit, in one line, if it has the shape and device of none of `like`,
-    is NaN (and they are not) or below `least`, or has a gradient and may not (or has none)."""
+def counterfactual(name: str, r: "Rollout", o: "Options") -> "Prompt":
+    """The prompt that a signal shows in place of r.prompt; RuleError if it cannot stand for it."""
+    frames, version = r.prompt.frames, r.prompt.frames._version
+    changed = COUNTERFACTUALS[name](r, o)
+    if changed is None:
+        raise RuleError(f"signal {name} returned nothing; where it does not apply, return r.prompt")
+    if frames._version != version:
+        raise RuleError(f"signal {name} changed r.prompt.frames in place; change a clone() of them")
+    if changed.frames is not None and changed.grid != r.prompt.grid:
+        raise RuleError(f"signal {name}: frames of shape {tuple(changed.frames.shape)} cannot stand "
+                        f"for those of shape {tuple(frames.shape)}")
+    return changed
+
+
+def check_output(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
+                 minimum: float = -math.inf) -> Tensor:
+    """What a rule gave. RuleError unless it has shape and device of one of `like`, is NaN only where
+    they are, is at least `minimum`, and has a gradient if (and only if) it should."""
     fault = None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"
@@ -252,10 +206,10 @@ def checked(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
         fault = f"one {'with a' if value.requires_grad else 'without'} gradient"
     elif value.isnan().any() and not any(x.isnan().any() for x in like):
         fault = "NaN"
-    elif (value < least).any():
-        fault = f"one below {least}"
+    elif (value < minimum).any():
+        fault = f"one below {minimum}"
     if fault:
         shapes = " or ".join(str(tuple(x.shape)) for x in like)
-        raise SystemExit(f"error: {rule}: expected a tensor of shape {shapes} on {like[0].device} "
-                         f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
+        raise RuleError(f"{rule}: expected a tensor of shape {shapes} on {like[0].device} "
+                        f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
     return value

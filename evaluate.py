@@ -33,7 +33,7 @@ from engine.workers import loader
 from policy import load, load_processor, sample
 from prompt import QUESTION_EVAL, BadRecord, Prompt, name_of, question_text
 from rewards import by_letter, extract_answer, grade
-from run.distributed import distributed, leave
+from run.distributed import distributed, exit_process
 
 FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
 PROTOCOLS, BENCHMARKS = FACTS["protocols"], FACTS["benchmarks"]
@@ -389,4 +389,4 @@ if __name__ == "__main__":
         main(parse())
     except (BadRecord, OSError) as error:       # of the files that were named
         raise SystemExit(f"error: {error}") from None
-    leave()
+    exit_process()

@@ -4,9 +4,12 @@
     J   = mean_i 1/|o_i| sum_t m_t [ min(rho A_i, clip(rho, 1-c, 1+c) A_i) - beta KL_t ]
     rho = exp(logp - old_logp),   KL_t = exp(x) - x - 1,  x = ref_logp - logp clamped to +-10
 
-`completion_mask` marks the tokens up to and with the first end token; `key_mask` says where the
-gradient goes. They are two things and neither ever stands in for the other. Pure tensor functions.
+`completion_mask` marks the tokens that bear the loss, up to and with the first end token;
+`key_mask` says which of them carry the gradient. They are two things, and neither ever stands in
+for the other. Pure tensor functions; this file needs torch alone.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,9 +27,17 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return torch.where(equal, torch.zeros_like(rewards), centred / (std + eps))
 
 
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """KL(policy || reference) at each sampled token (Schulman 2020), x clamped to +-10."""
+    x = (ref_logp - logp).clamp(-10, 10)
+    if kind == "k1":
+        return -x
+    return x.square() / 2 if kind == "k2" else torch.exp(x) - x - 1
+
+
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor,
               completion_mask: Tensor, key_mask: Tensor, *, beta: float = 0.04, clip: float = 0.2,
-              clip_high: float = 0.0, normalize: str = "length", total: float | None = None,
+              clip_high: float = 0.0, normalize: str = "length", divisor: float | None = None,
               kl_on: str = "selected",
               kl_estimator: str = "k3") -> tuple[Tensor, dict[str, Tensor]]:
     """The negated objective of one group, and what to log about it.
@@ -36,8 +47,8 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     completion_mask: (G, T) bool.  key_mask: (G, T) bool, or float weights >= 0.
     clip_high: the upper clip, where it is not 0 (DAPO).
     normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the mass of its key
-    tokens (released code: a gradient 2 to 3.5 times as large); "tokens" (DAPO) and
-    "constant" (Dr. GRPO) divide the sum over all rows by `total`, default the group's tokens.
+    tokens (released code: a gradient 2 to 3.5 times as large); "tokens" (DAPO) and "constant"
+    (Dr. GRPO) divide the sum over all rows by `divisor`, by default the group's tokens.
     kl_on: "selected" puts the KL term on key tokens only (released code); "all" on every token.
     A row without key tokens adds 0. Values at padding are never read, whatever they hold.
     """
@@ -45,9 +56,9 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
         raise ValueError(f"unknown normalize {normalize!r}")
     if kl_on not in ("selected", "all"):
         raise ValueError(f"kl_on must be 'selected' or 'all', not {kl_on!r}")
-    valid = completion_mask.bool()
-    weight = key_mask.to(logp.dtype) * valid                            # (G, T) m_t
-    logp, old_logp = logp.masked_fill(~valid, 0.0), old_logp.masked_fill(~valid, 0.0)
+    mask = completion_mask.bool()
+    weight = key_mask.to(logp.dtype) * mask                             # (G, T) m_t
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
     if advantages.ndim == 1:
         advantages = advantages[:, None]
 
@@ -57,19 +68,26 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     objective = weight * torch.minimum(gain, clipped)
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
-        x = (ref_logp.masked_fill(~valid, 0.0) - logp).clamp(-10, 10)
-        kl = {"k1": -x, "k2": x.square() / 2, "k3": torch.exp(x) - x - 1}[kl_estimator]
-        objective = objective - beta * kl * (weight if kl_on == "selected" else valid)
+        kl = kl_estimate(logp, ref_logp.masked_fill(~mask, 0.0), kl_estimator)
+        objective = objective - beta * kl * (weight if kl_on == "selected" else mask)
 
-    length = valid.sum(-1)                                              # (G,) |o_i|
+    length = mask.sum(-1)                                               # (G,) |o_i|
     tokens = length.sum().clamp(min=1)
-    mass = weight.sum(-1) if normalize == "selected" else length        # (G,)
     if normalize in ("tokens", "constant"):
-        mass = torch.full_like(objective[:, 0], (total or int(tokens)) / len(logp))
-    rows = torch.where(mass > 0, objective.sum(-1) / torch.where(mass > 0, mass, 1), 0)
+        loss = -objective.sum() / (tokens if divisor is None else divisor)
+    else:
+        mass = weight.sum(-1) if normalize == "selected" else length    # (G,)
+        loss = -torch.where(mass > 0, objective.sum(-1) / torch.where(mass > 0, mass, 1), 0).mean()
     metrics = {
         "kl": kl.detach().sum() / tokens,
         "clipped": ((clipped < gain) & (weight > 0)).sum() / (weight > 0).sum().clamp(min=1),
         "key_share": weight.detach().sum() / tokens,
     }
-    return -rows.mean(), metrics
+    return loss, metrics
+
+
+# ------------------------------------------------------------------------- the registries of a rule
+# (r, o) -> advantages (G,) or (G, T)
+ADVANTAGES: dict[str, Callable] = {"group": lambda r, o: r.advantages}
+# (r, o, model) -> a scalar with gradient, added to the loss
+PENALTIES: dict[str, Callable | None] = {"none": None}

@@ -1,4 +1,4 @@
-"""The prompt: what the model is shown. Words, patches, positions, and their counterfactuals.
+"""The prompt: what the model is shown. Words, patches, positions.
 
 Frames become patches as transformers' Qwen2VLVideoProcessor makes them (tests/golden holds its
 outputs; the processor itself needs torchvision). Positions are computed here, once per prompt: the
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from engine.families import end_tokens, family_of, read_config, stamp
+from engine.packing import to_device
 
 QUESTION_TRAIN = (
     "{Question}\nPlease think about this question as if you were a human pondering deeply. Engage "
@@ -40,10 +41,6 @@ TYPE = {kind: f" Please {do} within the <answer> </answer> tags." for kind, do i
 
 class BadRecord(ValueError):
     """A record that cannot be used. The message names the record and says why."""
-
-
-class WrongFrames(ValueError):
-    """Frames that cannot stand for a prompt's own."""
 
 
 def one_line(value: object, most: int = 400) -> str:
@@ -163,7 +160,7 @@ def rope_positions(visual: Tensor, grid: tuple[int, int, int], merge: int, ticks
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question with its clip, ready for the model, and what is made from it."""
+    """One question with its clip, ready for the model."""
     record: dict
     ids: Tensor                         # (P,) token ids, one per merged patch of the clip
     positions: Tensor                   # (3, P)
@@ -173,7 +170,7 @@ class Prompt:
     vision: Vision
     seconds: float                      # between two temporal patches
     kept: Tensor | None = None          # (V,) bool: vision features still in the prompt; None: all
-    blank: bool = False                 # the vision features are zeros
+    zeroed: bool = False                # zeros stand in place of the vision features
 
     @property
     def kind(self) -> str:
@@ -183,52 +180,12 @@ class Prompt:
     def grid(self) -> tuple[int, int, int]:
         return grid_of(self.frames, self.vision)
 
-    def hidden(self, positions: str = "unchanged") -> "Prompt":
-        """Without its video tokens: nothing attends to them, so they are not even computed. Others
-        stay where they were ("unchanged"), or close the gap as in the released code ("moved")."""
-        none = torch.zeros(int(self.visual.sum()), dtype=torch.bool)
-        return replace(self.thinned(none, positions), frames=None)
+    def pixels(self, device: torch.device | str = "cpu") -> Tensor:
+        """(t*h*w, 3*temporal*patch*patch) float32: what the vision tower takes."""
+        return patches(to_device(self.frames, device), self.vision)
 
-    def thinned(self, keep: Tensor, positions: str = "unchanged") -> "Prompt":
-        """With only the video tokens where keep (V,) is True."""
-        stays = ~self.visual
-        stays[self.visual] = keep
-        ids, places, following = self.ids[stays], self.positions[:, stays], self.next_position
-        if positions == "moved":
-            places, following = torch.arange(len(ids)).expand(3, -1), len(ids)
-        return replace(self, ids=ids, positions=places, next_position=following,
-                       visual=self.visual[stays], kept=keep)
-
-    def zeroed(self) -> "Prompt":
-        """With zeros in place of the vision features."""
-        return replace(self, blank=True)
-
-    def reordered(self, order: Tensor) -> "Prompt":
-        """With its frames in another order (n,)."""
-        return self.showing(self.frames[order])
-
-    def rearranged(self, order: Tensor) -> "Prompt":
-        """With its temporal patches in another order (t,), each still after its own time in words:
-        for families whose prompts say the times."""
-        ends = (self.visual[:-1] & ~self.visual[1:]).nonzero()[:, 0] + 2    # after each vision end
-        opening = self.ids[ends[0]]                     # of "<1.5 seconds>", as of the first time
-        first = (self.ids[:ends[0]] == opening).nonzero()[-1]
-        before, *blocks, after = torch.arange(len(self.ids)).tensor_split(torch.cat([first, ends]))
-        index = torch.cat([before, *(blocks[i] for i in order), after])
-        visual, v = self.visual[index], self.vision
-        positions = rope_positions(visual, self.grid, v.merge, ticks=1)
-        short = -len(self.frames) % v.temporal          # as in `patches`
-        frames = torch.cat([self.frames, self.frames[-1:].expand(short, -1, -1, -1)])
-        frames = frames.unflatten(0, (-1, v.temporal))[order].flatten(0, 1)
-        return replace(self, ids=self.ids[index], visual=visual, positions=positions,
-                       next_position=int(positions.max()) + 1, frames=frames)
-
-    def showing(self, frames: Tensor) -> "Prompt":
-        """With other frames of the same number and size. WrongFrames for others: their features
-        would be another prompt's."""
-        if frames.shape != self.frames.shape:
-            raise WrongFrames(f"frames of shape {tuple(frames.shape)} cannot stand for those of "
-                              f"shape {tuple(self.frames.shape)}")
+    def with_frames(self, frames: Tensor) -> "Prompt":
+        """The same question about other frames, as many and as large."""
         return replace(self, frames=frames)
 
 

@@ -8,6 +8,7 @@ floats out; the evaluator shares this file, and its lenient parser stands at the
 import math
 import operator
 import re
+from collections.abc import Callable
 from string import ascii_uppercase
 
 import torch
@@ -91,6 +92,11 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
     correct = accuracy > 0.1
     earned = correct & (lengths >= low) & (lengths <= high) & (correct.sum() > 1)
     return bonus * earned.to(torch.float32)
+
+
+# a rule's: (rollouts, o, model, texts(group) -> list) -> a reward (G,) for each rollout, on the CPU
+EXTRA_REWARDS: dict[str, Callable] = {
+    "none": lambda rollouts, o, model, texts: [torch.zeros_like(r.accuracy) for r in rollouts]}
 
 
 # --------------------------------------------------------------------------------- evaluation only

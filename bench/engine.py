@@ -22,7 +22,6 @@ from functools import partial
 
 import torch
 
-from attribution import Rollout
 from bench.common import (
     DATASHEET,
     DEVICE,
@@ -39,10 +38,12 @@ from bench.common import (
 from engine import blank
 from engine.sharded import ShardedAdamW
 from engine.prepare import recompute
-from ktr import Scorer, divisor, learn
-from policy import Group, evaluating, load, sample, score_groups
+from ktr import add_rewards, learn, loss_divisor
+from policy import evaluating, load, sample, score_groups
+from rollout import Group, Rollout
 from run.logs import Clock
-from run.options import parse
+from run.arguments import parse
+from run.training import Scorer
 
 PHASES = ("decode", "plain", "ours", "four", "lengths", "memory")        # the default
 G, T = 8, 512
@@ -59,11 +60,11 @@ def drawn_lengths(seed: int, rows: int = G) -> list[int]:
 
 def cut_short(group: Group, lengths: list[int]) -> Group:
     """The group as if its rows had ended after so many tokens."""
-    valid = (
+    mask = (
         torch.arange(group.ids.shape[1], device=DEVICE)
         < torch.tensor(lengths, device=DEVICE)[:, None]
     )
-    return Group(group.ids, valid, group.logp, group.ended)
+    return Group(group.ids, mask, group.logp, group.ended)
 
 
 class Bench:
@@ -134,9 +135,10 @@ class Bench:
         for i, (prompt, group) in enumerate(zip(prompts, groups)):
             r = Rollout(prompt, group, seed + i)
             r.accuracy = torch.rand(o.G, generator=torch.Generator().manual_seed(i))
-            r.format = r.extra = torch.zeros(o.G)
-            total = divisor(o, [r], 1, DEVICE)
-            learn(o, self.scorer, self.reference if o.beta else None, [r], 1.0, total, clock)
+            r.format = r.extra_reward = torch.zeros(o.G)
+            add_rewards(o, r, group.completion_mask)
+            divisor = loss_divisor(o, [r], 1, DEVICE)
+            learn(o, self.scorer, self.reference if o.beta else None, [r], divisor, clock)
         if optimizer:
             optimizer.grad_norm()
             optimizer.step(1e-6)
@@ -281,7 +283,8 @@ class Bench:
             phases["sample"] = seconds(
                 lambda: kept.update(ids=usual_generate(model, prompt, G, T, **more))
             )
-            ids, shuffled = kept["ids"], prompt.reordered(torch.randperm(len(prompt.frames)))
+            ids, shuffled = kept["ids"], prompt.with_frames(
+                prompt.frames[torch.randperm(len(prompt.frames))])
             usual_logp(model, prompt, ids[:1])
             phases["reference"] = seconds(lambda: usual_logp(model, prompt, ids))
             phases["masked"] = seconds(lambda: usual_logp(model, prompt, ids, mask_video=True))

@@ -129,8 +129,8 @@ class Decoder:
         self.ids, self.token, self.position = integers(T, N, G), integers(N, G), integers(N, G)
         self.slots, self.step, self.lengths = integers(G), integers(1), integers(N)
         self.draws = torch.zeros(T, N, G, device=device)
-        self.valid, self.logp = self.draws.bool(), self.draws.clone()
-        self.done = self.valid[0].clone()                                           # (N, G)
+        self.mask, self.logp = self.draws.bool(), self.draws.clone()
+        self.done = self.mask[0].clone()                                           # (N, G)
         self.ends = torch.full((16,), -1, device=device)        # end tokens, filled up with -1
         self.banned = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
         self.banned[vision_tokens(model.config)] = True
@@ -155,7 +155,7 @@ class Decoder:
         self.draws[:T, :n] = torch.stack(draws, 1).to(device)
         self.done.fill_(True)[:n] = False
         self.ends.fill_(-1)[:len(ends)] = torch.tensor(ends, dtype=torch.long, device=device)
-        self.step.zero_(), self.valid.zero_()
+        self.step.zero_(), self.mask.zero_()
         self.slots.copy_(self.room + torch.arange(self.G))
 
     def extend(self, logits: Tensor) -> None:
@@ -165,7 +165,7 @@ class Decoder:
         self.token.copy_(token.view_as(self.token))
         self.ids.index_copy_(0, self.step, self.token[None])
         self.logp.index_copy_(0, self.step, logp.view_as(self.token)[None])
-        self.valid.index_copy_(0, self.step, ~self.done[None])
+        self.mask.index_copy_(0, self.step, ~self.done[None])
         self.done |= (self.token[..., None] == self.ends).any(-1)       # isin may sort, and wait
 
     def advance(self) -> None:

@@ -61,10 +61,11 @@ class Step:
         return (slot < self.lengths[:, None, None, None]) | (own >= 0) & (own % G == completion)
 
 
-def onto(device: torch.device, x: Tensor) -> Tensor:
-    """x, on the CPU, on the device. The host waits neither for the copy nor for what the GPU does
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x, from the CPU, on the device. The host waits neither for the copy nor for what the GPU does
     before."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    cuda = torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if cuda else x
 
 
 def has_varlen(x: Tensor) -> bool:
@@ -87,11 +88,11 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
             counts = torch.tensor([P, *own])
             owner = torch.repeat_interleave(torch.arange(len(own) + 1), counts)     # 0: the prompt
             sees = (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
-            blocks.append((start, end, onto(device, sees.tril()[None, None])))
+            blocks.append((start, end, to_device(sees.tril()[None, None], device)))
         start = end
-    cu_q, cu_k = (onto(device, F.pad(torch.tensor(x).cumsum(0, dtype=torch.int32), (1, 0)))
+    cu_q, cu_k = (to_device(F.pad(torch.tensor(x).cumsum(0, dtype=torch.int32), (1, 0)), device)
                   for x in (q_lengths, k_lengths))
-    index = onto(device, torch.cat(keys))
+    index = to_device(torch.cat(keys), device)
     return Packed(cu_q, cu_k, index, max(q_lengths), max(k_lengths), blocks)
 
 

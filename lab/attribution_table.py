@@ -5,26 +5,31 @@ share of visual, temporal, answer and filler words (toy.token_class; for a signa
 is its precision), the part of the known words that it found (recall), and where in the completion
 its choices stand. `random` and `all` are the controls.
 
-    python -m lab.toy attribution --model DIR --data WORLD
+    python -m lab.attribution_table --model DIR --data WORLD
 """
 
+import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from attribution import Rollout, attribute
+import lab.rules.frame_orders
+import lab.rules.masking  # noqa: F401 (both register their signals)
 from data import Prompts, read_records
+from ktr import find_key_tokens
 from lab.toy import token_class
+from options import Options
 from policy import load, sample, score_groups
-from run.options import Options
+from rollout import Rollout
 
 CLASSES = ("visual", "temporal", "answer", "filler")
-LOOKS = {       # its name: the options that differ
-    "visual": {}, "visual, zeroed": {"masking": "zero"}, "visual, signed": {"shift": "signed"},
-    "temporal": {}, "temporal, reversed": {"order": "reverse"},
-    "temporal, blocks": {"order": "blocks"}, "temporal, signed": {"shift": "signed"},
-    "entropy": {}, "random": {}, "all": {},
+LOOKS = {       # its name: the signal, and how its shift becomes a score
+    "visual": ("visual", "abs"), "visual, zeroed": ("visual_zero", "abs"),
+    "visual, signed": ("visual", "signed"), "temporal": ("temporal", "abs"),
+    "temporal, reversed": ("temporal_reverse", "abs"),
+    "temporal, blocks": ("temporal_blocks", "abs"), "temporal, signed": ("temporal", "signed"),
+    "entropy": ("entropy", "abs"), "random": ("random", "abs"), "all": ("all", "abs"),
 }
 
 
@@ -44,10 +49,10 @@ def share(mask: Tensor) -> float:
     return mask.float().mean().item()
 
 
-def heavier(weights: Tensor, valid: Tensor) -> Tensor:
+def heavier(weights: Tensor, mask: Tensor) -> Tensor:
     """(G, T) bool: tokens of at least the mean weight, and above 0; of a key mask, its own."""
-    weights = weights.float() * valid
-    return (weights > 0) & (weights >= weights.sum() / valid.sum().clamp(min=1))
+    weights = weights.float() * mask
+    return (weights > 0) & (weights >= weights.sum() / mask.sum().clamp(min=1))
 
 
 def attribution_table(model_name: str, world: Path, questions: int = 64, G: int = 4,
@@ -61,17 +66,16 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
     data = Prompts(records[:questions], world, processor)
     prompts = [data[i] for i in range(len(data))]
     groups = sample(model, prompts, G, 64, seeds=range(len(prompts)))
-    looks = {look: Options(signals=[look.split(",")[0]], ratio=ratio, **changes)
-             for look, changes in LOOKS.items()} | (rules or {})
+    looks = {look: Options(signals=[signal], ratio=ratio, shift=shift)
+             for look, (signal, shift) in LOOKS.items()} | (rules or {})
     found, parts = [], {look: [] for look in looks}
     for i, (prompt, group) in enumerate(zip(prompts, groups)):
         with torch.no_grad():
             ((logp, entropy),) = score_groups(model, [prompt], [group])
         for look, o in looks.items():
-            r = Rollout(prompt, group, seed=i)
-            r.logp, r.entropy = logp, entropy
-            attribute([r], o, model)
-            parts[look].append(heavier(r.key_mask, group.valid)[group.valid])
+            r = Rollout(prompt, group, seed=i, logp=logp, entropy=entropy)
+            find_key_tokens(o, [r], model)
+            parts[look].append(heavier(r.key_mask, group.completion_mask)[group.completion_mask])
         found.append(classes_and_places(group, processor.tokenizer))
     classes, places = (torch.cat(x) for x in zip(*found))
     masks = {look: torch.cat(part) for look, part in parts.items()}
@@ -104,3 +108,12 @@ def print_table(table: dict, ratio: float) -> None:
     one, two, three = (f"{part:.0%}" for part in several)
     print(f"visual, temporal and entropy together choose {union:.1%} of the tokens; of these one "
           f"signal alone chose {one}, two {two}, all three {three}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cold_start")
+    parser.add_argument("--data", type=Path, default=Path("toy_world"))
+    arguments = parser.parse_args()
+    attribution_table(arguments.model, arguments.data)

@@ -3,12 +3,14 @@
 Two thirds of the steps learn to see from the careful teacher, the last third imitates the careless
 one (toy.SLIPS). The loss is the mean of -log pi(y_t | v, q, y_<t) over all tokens of the batch.
 
-    python -m lab.toy cold_start DIR        25 minutes on two cores; makes what cold_start/ holds
-    python -m lab.toy cold_start DIR --family qwen3         a Qwen3-VL in place of a Qwen2.5-VL
-    python -m lab.toy cold_start DIR --world order          another world's, from the shipped one,
-                                                            which imitates its careless teacher
+    OMP_NUM_THREADS=1 python -m lab.cold_start DIR      25 minutes on an idle core; makes what
+                                                        cold_start/ holds
+    python -m lab.cold_start DIR --family qwen3         a Qwen3-VL in place of a Qwen2.5-VL
+    python -m lab.cold_start DIR --world order          another world's, from the shipped one, which
+                                                        imitates its careless teacher
 """
 
+import argparse
 import math
 import random
 from pathlib import Path
@@ -20,8 +22,9 @@ from tqdm import tqdm
 from engine.families import family_of
 from engine.prepare import prepare
 from lab import toy
-from policy import Group, load, score_groups
+from policy import load, score_groups
 from prompt import Processor, Vision
+from rollout import Group
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -77,3 +80,20 @@ def train(folder: Path, steps: int = 3000, batch: int = 64, lr=1e-3, seed: int =
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.save_pretrained(folder)
     processor.save(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path)
+    add("--family", choices=toy.TINY, default="qwen2.5")
+    add("--world", choices=toy.WORLDS, default="toy")
+    add("--model", default="cold_start", help="where another world's begins")
+    a = parser.parse_args()
+    more = {} if a.world == "toy" else dict(steps=120, batch=32, lr=5e-4, start=a.model)
+    train(a.folder, family=a.family, world=toy.WORLDS[a.world], **more)
+
+
+if __name__ == "__main__":
+    main()

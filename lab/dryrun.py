@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.toy import write_y4m
-from policy import weight_count
+from engine.weights import weight_count
 
 
 def make_clips(folder: Path, frames: int = 16, records: int = 4096) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attribution import Rollout, attribute
 from data import Prompts, read_records
 from grpo import group_advantages
-from ktr import judge
+from ktr import find_key_tokens, sample_rollouts
 from lab.attribution_table import heavier
-from policy import load, sample, score_groups
-from run.options import Options
+from options import Options
+from policy import load, score_groups
+from rollout import Rollout
 
 RULES = {"Video-KTR": Options(), "visual+temporal": Options(signals=["visual", "temporal"]),
          "random 45%": Options(signals=["random"], ratio=0.45)}
@@ -46,33 +46,32 @@ def gradient_analysis(model_name: str, world: str, questions: int = 64, G: int =
     records = read_records(Path(world) / "train.json")[0]
     clips = [record for record in records if record["data_type"] == "video"][:questions]
     data = Prompts(clips, world, processor)
-    prompts = [data[i] for i in range(len(data))]
-    groups = sample(model, prompts, G, longest, seeds=range(len(prompts)))
+    o = Options(G=G, max_new_tokens=longest)
+    rollouts = sample_rollouts(o, model, processor, [(data[i], i) for i in range(len(data))])
     rows = {rule: [] for rule in rules}
     losses = {rule: [] for rule in ("GRPO", *rules)}
-    for i, (prompt, group) in enumerate(zip(prompts, groups)):
-        accuracy, form = judge(Options(), processor, group, prompt.record)
-        advantages = group_advantages(accuracy + form)
+    for sampled in rollouts:
+        prompt, group, mask = sampled.prompt, sampled.group, sampled.group.completion_mask
+        advantages = group_advantages(sampled.rewards)
         if not advantages.any():
             continue
         ((logp, entropy),) = score_groups(model, [prompt], [group])
-        tokens = -advantages[:, None] * logp / group.valid.sum(-1, keepdim=True)        # (G, T)
+        tokens = -advantages[:, None] * logp / mask.sum(-1, keepdim=True)           # (G, T)
         gradient = gradient_of(tokens, model)
-        whole = gradient(group.valid)
-        losses["GRPO"] += (tokens * group.valid).sum(-1).tolist()
+        whole = gradient(mask)
+        losses["GRPO"] += (tokens * mask).sum(-1).tolist()
         for rule, o in rules.items():
-            r = Rollout(prompt, group, seed=i)
-            r.logp, r.entropy = logp.detach(), entropy.detach()
-            attribute([r], o, model)
+            r = Rollout(prompt, group, sampled.seed, logp=logp.detach(), entropy=entropy.detach())
+            find_key_tokens(o, [r], model)
             losses[rule] += (tokens * r.key_mask).sum(-1).tolist()
-            row, key = {}, heavier(r.key_mask, group.valid)
-            for name, mask in (("key", key), ("other", group.valid & ~key)):
-                part = gradient(mask)
+            row, key = {}, heavier(r.key_mask, mask)
+            for name, some in (("key", key), ("other", mask & ~key)):
+                part = gradient(some)
                 row[name] = part.norm().item()
                 row[f"cosine {name}"] = torch.cosine_similarity(part, whole, dim=0).item()
             rows[rule].append(row)
     if not losses["GRPO"]:
-        raise SystemExit(f"error: {model_name}: in all {len(groups)} groups the completions earn "
+        raise SystemExit(f"error: {model_name}: in all {len(rollouts)} groups the completions earn "
                          "alike; there is no gradient to look at")
 
     table = {}

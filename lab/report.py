@@ -55,7 +55,7 @@ def whole(sample: dict) -> bool:
         return False
     for c in sample["completions"]:
         for name, scores in c["signals"].items():
-            if not len(c["tokens"]) == len(scores) == len(c["chosen"][name]):
+            if not len(c["tokens"]) == len(scores) == len(c["top_tokens"][name]):
                 return False
     return True
 
@@ -153,7 +153,7 @@ def count(completions: list[dict], name: str) -> tuple[Counter, Counter]:
         for t, token in enumerate(c["tokens"]):
             for key in (str(token).strip() or "(space)", 10 * t // len(c["tokens"])):
                 seen[key] += 1
-                selected[key] += bool(c["chosen"][name][t])
+                selected[key] += bool(c["top_tokens"][name][t])
     return seen, selected
 
 
@@ -165,7 +165,7 @@ def sample_tables(samples: list[dict]) -> list[Table]:
     sets = Counter()                                # the names of the signals that select a token
     for c in completions:
         for t in range(len(c["tokens"])):
-            sets[tuple(name for name in c["signals"] if c["chosen"][name][t])] += 1
+            sets[tuple(name for name in c["signals"] if c["top_tokens"][name][t])] += 1
     tables, positions, overlap, shares = [], [], [], {}
     for name in dict.fromkeys(name for c in completions for name in c["signals"]):
         seen, selected = count(completions, name)
@@ -198,7 +198,7 @@ def option_tables(runs: list[dict]) -> list[Table]:
 def groups_of(names: list[str]) -> dict[str, list[str]]:
     """The columns of log.jsonl that are drawn, by heading."""
     shares, seconds = ([x for x in names if x.startswith(y)] for y in ("share_", "seconds_"))
-    groups = {"Reward and its parts": ["reward", "accuracy", "format", "bonus"],
+    groups = {"Reward and its parts": ["reward", "accuracy", "format", "length_bonus", "extra_reward"],
               "Completions and steps": ["length", "kl", "grad_norm", "skipped"],
               "Share of selected tokens": ["key_share", *shares, "overlap"],
               "Seconds by phase": ["seconds", *seconds]}
@@ -230,7 +230,7 @@ def content_of(runs: list[dict]) -> dict:
             "groups": groups_of([name for name, ys in values.items() if len(ys) > 1])}
 
 
-def thinned(samples: list[dict], share: float) -> list[dict]:
+def evenly(samples: list[dict], share: float) -> list[dict]:
     """Evenly this share of the watched samples and of the others, first and last of each."""
     kept = []
     for watched in (True, False):
@@ -271,7 +271,7 @@ def build(content: dict, limit: int = LIMIT) -> str:
     room, size, share = 0.98 * limit, math.inf, 1.0             # 2% for notes
     while size > room and share > 1e-4:
         for run, samples in zip(content["runs"], everything):
-            run["samples"] = thinned(samples, share)
+            run["samples"] = evenly(samples, share)
         size = len(render(content))
         share *= 0.95 * room / size
     room -= size

@@ -2,8 +2,8 @@
 
     bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 4 ..]
 
-The file registers its rule at any of attribution.py's seams and may hold OPTIONS, those of ktr.py
-that it is trained with (lab/rules has examples). First one step is tried: an error in the rule ends
+The file adds to any of the registries (docs/rules.md) and may hold OPTIONS, those of ktr.py that it
+is trained with (lab/rules has examples). First one step is tried: an error in the rule ends
 this in one line. Then the study runs it beside its controls; this file looks at what came out.
 """
 
@@ -18,29 +18,31 @@ import torch
 
 import ktr
 import policy
-from attribution import attribute
 from data import Prompts, read_records
+from engine import scoring
 from lab import report
 from lab.attribution_table import attribution_table, heavier
 from lab.gradients import gradient_analysis
+from options import Options
+from run.arguments import parse
 from run.logs import Clock, sample_of
-from run.options import Options, parse
+from run.training import Scorer
 
 
 @contextmanager
 def passes_counted():
     """Counts the policy's forward passes by kind."""
-    original, counts = policy.packed_forward, Counter()
+    original, counts = scoring.packed_forward, Counter()
 
     def counting(model, prompts, groups, *rest, **more):
         kind = "with gradient" if torch.is_grad_enabled() else "without"
         counts["sampling" if groups[0] is None else kind] += 1
         return original(model, prompts, groups, *rest, **more)
-    policy.packed_forward = counting
+    policy.packed_forward = scoring.packed_forward = counting
     try:
         yield counts
     finally:
-        policy.packed_forward = original
+        policy.packed_forward = scoring.packed_forward = original
 
 
 def look(name: str, o: Options, model, processor, world: str, questions: int):
@@ -51,13 +53,13 @@ def look(name: str, o: Options, model, processor, world: str, questions: int):
     data, rows = Prompts(clips, world, processor), []
     for i in range(len(data)):
         with passes_counted() as counts:
-            (mine,) = ktr.roll_out(o, model, processor, [(data[i], 2 * i)])
-            total = ktr.divisor(o, [mine], 1, model.device)
-            ktr.learn(o, ktr.Scorer(model), None, [mine], 1.0, total, Clock(model.device))
-        r = replace(mine, scores={}, chosen={})
-        attribute([r], Options(), model)
+            (mine,) = ktr.sample_rollouts(o, model, processor, [(data[i], 2 * i)])
+            divisor = ktr.loss_divisor(o, [mine], 1, model.device)
+            ktr.learn(o, Scorer(model), None, [mine], divisor, Clock(model.device))
+        r = replace(mine, scores={}, top_tokens={})
+        ktr.find_key_tokens(Options(), [r], model)
         r.scores[name] = mine.key_mask.float()
-        r.chosen[name] = heavier(mine.key_mask, mine.group.valid)
+        r.top_tokens[name] = heavier(mine.key_mask, mine.group.completion_mask)
         rows.append(sample_of(r, i + 1, processor.tokenizer))
     return rows, counts
 

@@ -34,7 +34,7 @@ from lab import report
 from lab.gradients import gradient_analysis
 from lab.rule import page
 from lab.stats import detectable, holm, interval, p_value
-from run.options import load_rule
+from run.arguments import load_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -55,10 +55,10 @@ VARIANTS = {
     "KTR 10%": "--ratio 0.1",
     "KTR 30%": "--ratio 0.3",
     "KTR 50%": "--ratio 0.5",
-    "KTR linear weights": "--weighting linear",
-    "KTR JS distance": "--distance js",
-    "KTR reversed frames": "--order reverse",
-    "KTR half masked": "--masking half",
+    "KTR linear weights": "--rule lab/rules/soft_weights.py",
+    "KTR JS distance": "--rule lab/rules/distances.py",
+    "KTR reversed frames": "--rule lab/rules/frame_orders.py",
+    "KTR half masked": "--rule lab/rules/masking.py --signals visual_half temporal entropy",
     "KTR / selected": "--normalize selected",           # the release's divisor
     "random 45% / selected": "--signals random --ratio 0.45 --normalize selected",
     "PGPO's weights": "--rule lab/rules/pgpo.py",

@@ -14,15 +14,10 @@ Besides `toy`, the world of the shipped cold start, there are others (WORLDS): i
 question turns on the frames' order, in `long` most words are fillers chosen by chance.
 
     python -m lab.toy make DIR [--world order]  write clips, images, train.json, test.json
-    python -m lab.toy cold_start DIR            remake the shipped cold start (cold_start.py);
-                                                --family qwen2, qwen3: another family's;
-                                                --world order: from the shipped one, in minutes
-    python -m lab.toy attribution --model DIR   what signals select (attribution_table.py)
     python -m lab.toy table RUN                 accuracy before and after
 """
 
 import argparse
-import importlib
 import json
 import random
 from dataclasses import dataclass
@@ -331,24 +326,15 @@ def print_table(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, world = parser.add_argument, Path("toy_world")
-    add("command", choices=["make", "cold_start", "attribution", "table"])
-    add("folder", type=Path, nargs="?", default=world, help="to write, or the run of `table`")
-    add("--model", default="cold_start")
-    add("--data", type=Path, default=world)
-    add("--family", choices=TINY, default="qwen2.5", help="of `cold_start`")
-    add("--world", choices=WORLDS, default="toy", help="of `make` and `cold_start`")
-    add("--test", type=int, default=600, help="questions of the test that `make` writes")
+    add = parser.add_argument
+    add("command", choices=["make", "table"])
+    add("folder", type=Path, nargs="?", default=Path("toy_world"),
+        help="the folder that `make` fills, or the run of `table`")
+    add("--world", choices=WORLDS, default="toy", help="what the questions are about")
+    add("--test", type=int, default=600, help="number of test questions")
     a = parser.parse_args()
-    # the two that build on this module are imported by name, so that it does not depend on them
     if a.command == "make":
         make(a.folder, test=a.test, world=WORLDS[a.world])
-    elif a.command == "cold_start":
-        more = {} if a.world == "toy" else dict(steps=120, batch=32, lr=5e-4, start=a.model)
-        importlib.import_module("lab.cold_start").train(
-            a.folder, family=a.family, world=WORLDS[a.world], **more)
-    elif a.command == "attribution":
-        importlib.import_module("lab.attribution_table").attribution_table(a.model, a.data)
     else:
         print_table(a.folder)
 

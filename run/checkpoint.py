@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from run.distributed import add_up
-from run.options import Options
+from run.distributed import all_reduce_sum
+from options import Options
 
 CARD = """---
 base_model: {model}
@@ -76,7 +76,7 @@ def save(out: Path, model, processor, optimizer, state: dict, o: Options) -> Non
             (part / "README.md").write_text(card, "utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:   # torch.save: a full disk is a
         failure = error                                         # RuntimeError
-    failed = add_up({"ranks": failure is not None}, model.device)["ranks"]
+    failed = all_reduce_sum({"ranks": failure is not None}, model.device)["ranks"]
     if failed:
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -93,7 +93,7 @@ def save(out: Path, model, processor, optimizer, state: dict, o: Options) -> Non
         part.rename(final)
         for old in all_of(out)[:-o.keep]:
             shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
-    add_up({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
+    all_reduce_sum({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
 
 
 def load_state(folder: Path, optimizer, made_by: dict) -> dict:

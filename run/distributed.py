@@ -1,4 +1,4 @@
-"""Processes: how a run of several starts, adds up and ends.
+"""Processes: how a run of several starts, sums up and ends.
 
 torchrun says how many there are; without it there is one. KTR_SHARE_GPU=1 lets several processes
 share the first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
@@ -35,7 +35,7 @@ def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, t
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def add_up(values: dict[str, float], device: torch.device) -> dict[str, float]:
+def all_reduce_sum(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """The sums over all ranks, in one collective; every rank must bring the same names."""
     sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -43,7 +43,7 @@ def add_up(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return dict(zip(values, sums.tolist()))
 
 
-def settle(device: torch.device) -> None:
+def wait_for_nccl(device: torch.device) -> None:
     """Wait until finished collectives have let go of their tensors: NCCL's watchdog holds these
     until it looks at them again, ten times a second."""
     if device.type == "cuda":
@@ -51,7 +51,7 @@ def settle(device: torch.device) -> None:
         time.sleep(1)
 
 
-def leave() -> None:
+def exit_process() -> None:
     """End this process now that its work is done: at once, without destructors and exit handlers.
 
     inductor's handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's

@@ -1,4 +1,4 @@
-"""What a run writes down, and one line a step. Rollouts are attribution.Rollout.
+"""What a run writes down, and one line a step. Rollouts are rollout.Rollout.
 
     log.jsonl           every metric of every step; docs/running.md explains each
     samples.jsonl       completions with every token's scores and choices
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from run.options import Options
+from options import Options
 
 PHASES = ("data", "sample", "score", "reference", "attribute", "backward", "step")
-METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "bonus", "length", "ended",
-           "tokens", "loss", "kl", "clipped", "dropped", "entropy", "key_share", "overlap",
+METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "length_bonus", "extra_reward",
+           "length", "ended", "tokens", "loss", "kl", "clipped", "dropped", "entropy", "key_share", "overlap",
            "sampling_gap")
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
 GIB = 2 ** 30
@@ -57,30 +57,31 @@ class Clock:
 
 
 # ------------------------------------------------------------------------------------------ metrics
-def measured(r) -> dict[str, float]:
-    """The metrics of one rollout: METRICS, and the share of tokens that each signal chose."""
-    valid, rewards = r.group.valid, r.rewards
-    n = valid.sum()
-    times = sum(r.chosen.values(), torch.zeros_like(valid, dtype=torch.int))    # (G, T) signals
-    gap = (r.old_logp - r.group.logp).abs().masked_fill(~valid, 0)              # that chose it
+def metrics_of(r) -> dict[str, float]:
+    """The metrics of one rollout: METRICS, and the share of each signal's top tokens."""
+    mask, rewards = r.group.completion_mask, r.rewards
+    n = mask.sum()
+    signals = sum(r.top_tokens.values(), torch.zeros_like(mask, dtype=torch.int))   # (G, T) count
+    gap = (r.old_logp - r.group.logp).abs().masked_fill(~mask, 0)
     values: dict[str, Tensor] = {
         "reward": rewards.mean(), "reward_std": rewards.std(),
         "flat": (rewards == rewards[0]).all(), "accuracy": r.accuracy.mean(),
-        "dropped": ~r.borne.any(),
-        "format": r.format.mean(), "bonus": (r.bonus + r.extra).mean(), "length": n / len(rewards),
+        "dropped": ~r.loss_mask.any(),
+        "format": r.format.mean(), "length_bonus": r.length_bonus.mean(),
+        "extra_reward": r.extra_reward.mean(), "length": n / len(rewards),
         "ended": r.group.ended.float().mean(), "tokens": n, "entropy": r.entropy.sum() / n,
-        "overlap": (times > 1).sum() / r.key_mask.sum().clamp(min=1),
+        "overlap": (signals > 1).sum() / r.key_mask.sum().clamp(min=1),
         "sampling_gap": gap.sum() / n, **r.metrics}
-    values |= {f"share_{name}": chosen.sum() / n for name, chosen in r.chosen.items()}
+    values |= {f"share_{name}": tokens.sum() / n for name, tokens in r.top_tokens.items()}
     return {name: float(value) for name, value in values.items()}
 
 
-def counted(o: Options, rollouts: list, leaving: bool) -> dict[str, float]:
+def metric_sums(o: Options, rollouts: list, leaving: bool) -> dict[str, float]:
     """What a rank's step adds to the sums over all ranks; the same names on each of them."""
     names = [*METRICS, *(f"share_{name}" for name in o.signals)]
     sums = {"prompts": len(rollouts), "leaving": leaving, **dict.fromkeys(names, 0.0)}
     for r in rollouts:
-        found = measured(r)
+        found = metrics_of(r)
         for name in names:
             sums[name] += found.get(name, 0.0)
     return sums
@@ -109,7 +110,7 @@ def sample_of(r, step: int, tokenizer, watched: bool = False) -> dict:
         completions.append({
             "tokens": [tokenizer.decode([i]) for i in r.group.ids[g, :n].tolist()],
             "signals": {name: [float(f"{x:.3g}") for x in row] for name, row in scores.items()},
-            "chosen": {name: c[g, :n].int().tolist() for name, c in r.chosen.items()},
+            "top_tokens": {name: c[g, :n].int().tolist() for name, c in r.top_tokens.items()},
             "accuracy": float(r.accuracy[g]), "format": float(r.format[g]),
             "advantages": float(r.advantages[g]), "reward": float(r.rewards[g])})
     names = ("problem_id", "problem", "options", "solution", "path", "data_type")
@@ -205,7 +206,7 @@ class Log:
         if self.reporter:
             send, end = self.reporter
             send(row)
-            if step == steps:                   # leave() ends the process before others could
+            if step == steps:                   # exit_process() ends the process before others could
                 end()
 
     def skip(self, record: dict, reason: str, step: int) -> None:

@@ -16,10 +16,13 @@ torch.set_num_threads(1)        # tiny models: two threads mostly wait for each 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["gpu/*"]         # bash test.sh --gpu
 
-import attribution  # noqa: E402
 import policy  # noqa: E402
+from attribution import mask_video  # noqa: E402
 from lab import cold_start, toy  # noqa: E402
+from options import Options  # noqa: E402
 from prompt import patches  # noqa: E402
+from rollout import Rollout  # noqa: E402
+from run.rules import REGISTRIES  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +55,12 @@ def plain(checkpoint_folder):
 @pytest.fixture(autouse=True)
 def registries():
     """What a test registers is gone after it."""
-    before = {name: dict(registry) for name, registry in attribution.SEAMS.items()}
+    registries = [registry for several in REGISTRIES.values() for registry in several]
+    before = [dict(registry) for registry in registries]
     yield
-    for name, registry in attribution.SEAMS.items():
+    for registry, entries in zip(registries, before):
         registry.clear()
-        registry.update(before[name])
+        registry.update(entries)
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +106,11 @@ def positions_of(prompt, n):
     """(3, 1, P + n) of a prompt and a completion of n tokens."""
     following = (prompt.next_position + torch.arange(n)).expand(3, -1)
     return torch.cat([prompt.positions, following], 1)[:, None]
+
+
+def masked(prompt, positions="unchanged"):
+    """The prompt without its video."""
+    return mask_video(Rollout(prompt, None, 0), Options(positions=positions))
 
 
 def as_in_transformers_5(processor, prompt):

@@ -1,8 +1,9 @@
-"""The paper's other options: by hand, and against plain references."""
+"""The paper's ablations, which are rules: by hand, and against plain references."""
 
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ import torch.nn.functional as F
 from conftest import plain_inputs
 from test_data import GOOD
 
-import ablations
 import ktr
-from ablations import DISTANCES, MASKINGS, ORDERS, WEIGHTINGS, blocks, distribution_shift, soften
-from attribution import Rollout, attribute
-from policy import Group, predicting_states, sample, score
+from attribution import COUNTERFACTUALS, WEIGHTS, shuffle_frames
+from attribution import SCORES as SCORES_OF_ATTRIBUTION
+from ktr import find_key_tokens
+from lab.rules import distances, frame_orders, masking, soft_weights
+from lab.rules.common import leave_out_tokens
+from lab.rules.distances import DISTANCES, distance
+from options import Options
+from policy import predicting_states, sample, score
 from prompt import BadRecord
-from run.options import Options
+from rollout import Group, Rollout
 
 P, Q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
 
@@ -40,12 +45,12 @@ JS = (0.5 * math.log(5 / 7) + 0.5 * math.log(5 / 3)
     ("cosine", 1 - (0.45 + 0.05) / math.sqrt(0.5 * 0.82), 1.0),
 ])
 def test_distances_by_hand(kind, want, most):
-    distance = DISTANCES[kind]
-    assert distance(P.log()[None], Q.log()[None]).tolist() == pytest.approx([want], abs=1e-6)
-    assert distance(P.log()[None], P.log()[None]).tolist() == pytest.approx([0], abs=1e-6)
+    between = DISTANCES[kind]
+    assert between(P.log()[None], Q.log()[None]).tolist() == pytest.approx([want], abs=1e-6)
+    assert between(P.log()[None], P.log()[None]).tolist() == pytest.approx([0], abs=1e-6)
     if most is not None:
         apart = torch.tensor([[200.0, 0.0], [0.0, 200.0]]).log_softmax(-1)
-        assert distance(apart[:1], apart[1:]).item() == pytest.approx(most, abs=1e-5)
+        assert between(apart[:1], apart[1:]).item() == pytest.approx(most, abs=1e-5)
 
 
 def torch_kl(p, q):
@@ -65,30 +70,30 @@ def test_distances_equal_torchs_own_on_many_words():
         "js": (torch_kl(p, middle) + torch_kl(q, middle)) / 2,
         "hellinger": norm(p.exp().sqrt() - q.exp().sqrt(), 2, -1) / math.sqrt(2),
         "cosine": 1 - cosines}
-    assert set(want) | {"logp"} == set(DISTANCES)
+    assert set(want) == set(DISTANCES)
     for kind, values in want.items():
         assert torch.allclose(DISTANCES[kind](p, q), values, atol=1e-6), kind
 
 
-@pytest.mark.parametrize("kind", sorted(set(DISTANCES) - {"logp"}))
+@pytest.mark.parametrize("kind", sorted(DISTANCES))
 def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
     torch.manual_seed(0)
     states, other, head = torch.randn(10, 4), torch.randn(10, 4), torch.randn(7, 4)
     want = DISTANCES[kind]((states @ head.T).log_softmax(-1), (other @ head.T).log_softmax(-1))
-    assert torch.allclose(distribution_shift(states, other, head, kind), want, atol=1e-6)
-    rows, distance = [], DISTANCES[kind]
-    monkeypatch.setitem(DISTANCES, kind, lambda p, q: rows.append(len(p)) or distance(p, q))
+    assert torch.allclose(distance(states, other, head, kind), want, atol=1e-6)
+    rows, between = [], DISTANCES[kind]
+    monkeypatch.setitem(DISTANCES, kind, lambda p, q: rows.append(len(p)) or between(p, q))
     # room for 3 rows of 7 words, and for not even one
     for room, sizes in ((3 * 7 + 6, [3, 3, 3, 1]), (1, [1] * 10)):
-        monkeypatch.setattr(ablations, "LOGITS_AT_ONCE", room)
+        monkeypatch.setattr(distances, "LOGITS_AT_ONCE", room)
         rows.clear()
-        got = distribution_shift(states, other, head, kind)
+        got = distance(states, other, head, kind)
         assert torch.allclose(got, want, atol=1e-6) and rows == sizes
 
 
 # ---------------------------------------------------------------------------------------- the video
 def masked(kind, prompt, seed=0, **options):
-    return MASKINGS[kind](rollout(prompt, seed), Options(masking=kind, **options))
+    return COUNTERFACTUALS[f"visual_{kind}"](rollout(prompt, seed), Options(**options))
 
 
 def test_half_keeps_half_of_the_video_and_every_position(prompts):
@@ -160,7 +165,7 @@ def others(tmp_path, monkeypatch):
                 raise BadRecord("broken")
             moving = torch.tensor([shade, shade + 1, shade + 2], dtype=torch.uint8)
             return moving[:, None, None, None].expand(3, 3, 28, 84).contiguous(), 1.0
-        monkeypatch.setattr(ablations, "load_media", load_media)
+        monkeypatch.setattr(masking, "load_media", load_media)
         data = tmp_path / f"{len(records)}.json"
         data.write_text(json.dumps(records))
         return dict(data=str(data), videos=str(tmp_path))
@@ -190,42 +195,61 @@ def test_the_other_clip_belongs_to_the_seed_and_is_never_left_out(prompts, other
     for seed in (*range(0, 40, 2), 0):
         seen.append(int(masked("replace", clip, seed, **options).frames.min()))
     assert set(seen) == {10, 90, 130} and seen[0] == seen[-1]
-    with pytest.raises(SystemExit, match="--masking replace: .* no other clip that decodes"):
+    with pytest.raises(SystemExit, match="visual_replace: .* no other clip that decodes"):
         masked("replace", clip, **others(None))
 
 
-def test_hide_and_zero_are_the_prompts_own(prompts):
-    for positions in ("unchanged", "moved"):
-        hidden = masked("hide", prompts[0], positions=positions)
-        want = prompts[0].hidden(positions)
-        assert hidden.frames is None and torch.equal(hidden.ids, want.ids)
-        assert torch.equal(hidden.positions, want.positions)
+def test_zeroed_features_leave_the_prompt_as_it_is(prompts):
     zeroed = masked("zero", prompts[0])
-    assert zeroed.blank and torch.equal(zeroed.ids, prompts[0].ids)
+    assert zeroed.zeroed and torch.equal(zeroed.ids, prompts[0].ids)
     assert torch.equal(zeroed.frames, prompts[0].frames)
 
 
+def test_tokens_can_be_left_out_twice(prompts):
+    """The second time counts those that were left the first time."""
+    n = int(prompts[0].visual.sum())
+    first, second = torch.arange(n) % 2 == 0, torch.arange(n // 2) % 3 == 0
+    once = leave_out_tokens(prompts[0], first)
+    twice = leave_out_tokens(once, second)
+    assert twice.kept.nonzero()[:, 0].tolist() == list(range(n))[::2][::3]
+    assert int(twice.visual.sum()) == int(second.sum())
+
+
 # -------------------------------------------------------------------------------------------- order
-@pytest.mark.parametrize("name", ORDERS)
+def order_of(change, n, seed=0):
+    """The numbers of the frames that a counterfactual shows of a clip of n frames."""
+    frames = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 56, 56)
+    prompt = SimpleNamespace(frames=frames, kind="video", with_frames=lambda frames: frames)
+    r = SimpleNamespace(prompt=prompt, generator=torch.Generator().manual_seed(seed))
+    return change(r, Options())[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("change", [shuffle_frames, frame_orders.reverse, frame_orders.blocks])
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16])
-def test_an_order_is_a_permutation_and_never_the_identity(name, n):
+def test_an_order_is_a_permutation_and_never_the_identity(change, n):
     for seed in range(40):
-        order = ORDERS[name](n, torch.Generator().manual_seed(seed)).tolist()
+        order = order_of(change, n, seed)
         assert sorted(order) == list(range(n)) != order
 
 
 def test_reverse_and_blocks_by_hand():
-    generator = torch.Generator().manual_seed(0)
-    assert ORDERS["reverse"](5, generator).tolist() == [4, 3, 2, 1, 0]
-    assert blocks(6, generator).tolist() == [4, 5, 0, 1, 2, 3]      # two blocks: one other order
+    assert order_of(frame_orders.reverse, 5) == [4, 3, 2, 1, 0]
+    assert order_of(frame_orders.blocks, 6) == [4, 5, 0, 1, 2, 3]   # two blocks: one other order
     seen = set()
-    for _ in range(60):
-        order = blocks(14, generator).tolist()
+    for seed in range(60):
+        order = order_of(frame_orders.blocks, 14, seed)
         parts = [list(range(14))[i:i + 4] for i in (0, 4, 8, 12)]   # the last holds two frames
         starts = sorted(range(4), key=lambda i: order.index(4 * i))
         assert order == [frame for i in starts for frame in parts[i]]
         seen.add(tuple(starts))
     assert len(seen) > 10 and (0, 1, 2, 3) not in seen
+
+
+def test_images_have_no_other_order(prompts):
+    r = rollout(prompts[3])
+    for change in (shuffle_frames, frame_orders.reverse, frame_orders.blocks,
+                   frame_orders.with_times):
+        assert change(r, Options()) is r.prompt
 
 
 # ------------------------------------------------------------------------------------- soft weights
@@ -235,6 +259,12 @@ VALID = torch.tensor([[True, True, False], [True, True, False]])
 Z = [(x - 2.5) / math.sqrt(1.25) for x in (1, 2, 3, 4)]     # mean 2.5, variance (2.25 + 0.25) / 2
 
 
+def soften(scores, weighting):
+    """The rule's weights of a rollout with these scores."""
+    r = SimpleNamespace(scores=scores, group=SimpleNamespace(completion_mask=VALID))
+    return WEIGHTS[weighting](r, Options())
+
+
 @pytest.mark.parametrize("weighting, want", {
     "linear": [0, 1 / 3, 2 / 3, 1],
     "exponential": [math.exp(-1), math.exp(-2 / 3), math.exp(-1 / 3), 1],
@@ -242,25 +272,25 @@ Z = [(x - 2.5) / math.sqrt(1.25) for x in (1, 2, 3, 4)]     # mean 2.5, variance
     "softmax": [4 * math.exp(z) / sum(map(math.exp, Z)) for z in Z],    # their mean is 1
 }.items())
 def test_weightings_by_hand(weighting, want):
-    weights = WEIGHTINGS[weighting](SCORES, VALID)
+    weights = soft_weights.KINDS[weighting](SCORES, VALID)
     assert weights[VALID].tolist() == pytest.approx(want, abs=1e-5)
-    soft = soften({"one": SCORES}, VALID, weighting)
+    soft = soften({"one": SCORES}, weighting)
     assert soft[VALID].tolist() == pytest.approx(want, abs=1e-5) and (soft[~VALID] == 0).all()
 
 
 def test_every_weighting_is_tried_and_equal_scores_are_no_division_by_zero():
     equal = {"linear": 0, "exponential": math.exp(-1), "sigmoid": 0.5, "softmax": 1}
-    assert set(equal) == set(WEIGHTINGS)
+    assert set(equal) == set(soft_weights.KINDS)
     for weighting, value in equal.items():
-        weights = WEIGHTINGS[weighting](torch.full((2, 3), 5.0), VALID)
+        weights = soft_weights.KINDS[weighting](torch.full((2, 3), 5.0), VALID)
         assert weights[VALID].tolist() == pytest.approx([value] * 4)
 
 
 def test_soften_takes_the_largest_weight_of_any_signal():
     signals = {"rising": SCORES, "falling": -SCORES}
-    soft = soften(signals, VALID, "linear")
+    soft = soften(signals, "linear")
     assert soft[VALID].tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1])
-    none = soften({}, VALID, "linear")
+    none = soften({}, "linear")
     assert none.shape == VALID.shape and not none.any()
     assert SCORES[0, 2] == 99                                   # the scores are untouched
 
@@ -269,9 +299,9 @@ def test_weights_take_the_place_of_the_mask(tiny, prompts):
     r = rollout(prompts[0], G=2)
     r.entropy = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     r.logp = torch.zeros(2, 2)
-    attribute([r], Options(signals=["entropy"], weighting="linear", ratio=0.25), tiny[0])
+    find_key_tokens(Options(signals=["entropy"], weighting="linear", ratio=0.25), [r], tiny[0])
     assert r.key_mask.flatten().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert r.chosen["entropy"].tolist() == [[False, False], [False, True]]      # still logged
+    assert r.top_tokens["entropy"].tolist() == [[False, False], [False, True]]      # still logged
 
 
 # ------------------------------------------------------------------------------------------ states
@@ -282,8 +312,8 @@ def test_predicting_states_are_those_of_the_scores(tiny, prompts):
     states, head = predicting_states(model, prompts[0], group)
     logp = F.linear(states, head).log_softmax(-1).gather(-1, group.ids[..., None])[..., 0]
     want = score(model, prompts[0], group)[0]
-    assert torch.allclose(logp[group.valid], want[group.valid], atol=1e-5)
-    assert not states.requires_grad and (states[~group.valid] == 0).all()
+    assert torch.allclose(logp[group.completion_mask], want[group.completion_mask], atol=1e-5)
+    assert not states.requires_grad and (states[~group.completion_mask] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------ rewards
@@ -292,26 +322,24 @@ def test_the_bonus_is_part_of_the_reward(prompts):
     valid = torch.arange(4) < torch.tensor([[3], [4], [2]])
     r = Rollout(prompts[0], Group(torch.zeros(3, 4), valid), 0)
     r.accuracy, r.format = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
-    r.extra, r.key_mask = torch.tensor([0.3, 0.3, 0.0]), torch.ones(3, 4)
-    ktr.reward(o, r)
+    r.extra_reward = torch.tensor([0.3, 0.3, 0.0])
+    ktr.add_rewards(o, r, valid)
     # 1 + 1 + 0.2 + 0.3; 1 + 0.3, too long; 1
     assert r.rewards.tolist() == pytest.approx([2.5, 1.3, 1.0])
-    assert r.bonus.tolist() == pytest.approx([0.2, 0, 0])
-    deviation = torch.tensor([2.5, 1.3, 1.0]).std().item()
-    want = [(x - 1.6) / (deviation + 1e-4) for x in (2.5, 1.3, 1.0)]
-    assert r.advantages.tolist() == pytest.approx(want)
+    assert r.length_bonus.tolist() == pytest.approx([0.2, 0, 0])
 
 
-def test_the_length_bonus_may_count_selected_tokens(prompts):
-    """--length_of selected, the release's slip: rows of 3 and 4 tokens have 1 and 2 selected."""
-    valid = torch.arange(4) < torch.tensor([[3], [4]])
-    key = torch.tensor([[True, False, False, False], [True, True, False, False]])
-    earned = []
-    for what in ("response", "selected"):
-        o = Options(G=2, length_low=2, length_high=3, length_of=what)
-        r = Rollout(prompts[0], Group(torch.zeros(2, 4), valid), 0)
-        r.accuracy, r.format, r.extra = torch.ones(2), torch.zeros(2), torch.zeros(2)
-        r.key_mask = key
-        ktr.reward(o, r)
-        earned.append(r.bonus.tolist())
-    assert earned == [pytest.approx([0.2, 0]), pytest.approx([0, 0.2])]
+@pytest.mark.parametrize("what, earned", [("response", [0.2, 0]), ("selected", [0, 0.2])])
+def test_the_length_bonus_may_count_selected_tokens(tiny, prompts, what, earned):
+    """--length_of selected, the release's mistake: rows of 3 and 4 tokens have 1 and 2 selected."""
+    mask = torch.arange(4) < torch.tensor([[3], [4]])
+    o = Options(G=2, length_low=2, length_high=3, length_of=what, signals=["first"], ratio=3 / 7)
+    r = Rollout(prompts[0], Group(torch.zeros(2, 4), mask), 0)
+    r.accuracy, r.format, r.extra_reward = torch.ones(2), torch.zeros(2), torch.zeros(2)
+    ktr.add_rewards(o, r, mask)
+    r.logp = torch.zeros(2, 4)
+    SCORES_OF_ATTRIBUTION["first"] = lambda r, o: torch.tensor([[9.0, 0, 0, 0], [8, 7, 0, 0]])
+    ktr.annotate(o, [r], tiny[0], None, ktr.Clock(torch.device("cpu")))
+    assert r.length_bonus.tolist() == pytest.approx(earned)
+    deviation = r.rewards.std().item() + 1e-4
+    assert r.advantages.tolist() == pytest.approx([(x - 1.1) / deviation for x in r.rewards.tolist()])

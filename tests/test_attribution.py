@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 
-import attribution
-from ablations import shuffled
-from attribution import SIGNALS, Rollout, attribute, select, shift, top_tokens
-from policy import Group, score, score_groups
-from run.options import Options
+from attribution import (COUNTERFACTUALS, SCORES, RuleError, attribute, frame_order, mask_video,
+                         select, shift, top_tokens)
+from ktr import find_key_tokens
+from options import Options
+from policy import score, score_groups
+from rollout import Group, Rollout
+from run.arguments import load_rule
 
 
 # ------------------------------------------------------------------------------ shift and selection
@@ -104,12 +107,13 @@ def test_select_is_the_union():
     got = select(signals, valid, {"a": 0.2, "b": 0.1})
     assert got.nonzero()[:, 1].tolist() == [0, 8, 9]
     assert not select({}, valid, {}).any()
+    assert torch.equal(select(signals, valid, 0.2), select(signals, valid, {"a": 0.2, "b": 0.2}))
 
 
-def test_shuffled_is_never_the_identity():
+def test_an_order_of_frames_is_never_the_identity():
     for n in (2, 3, 8):
         for seed in range(60):
-            order = shuffled(n, torch.Generator().manual_seed(seed)).tolist()
+            order = frame_order(n, torch.Generator().manual_seed(seed)).tolist()
             assert sorted(order) == list(range(n)) and order != list(range(n))
 
 
@@ -118,33 +122,34 @@ def rollout(prompt, seed=0):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(9, 40, (2, 3), generator=generator)
     r = Rollout(prompt, Group(ids, torch.tensor([[True, True, True], [True, True, False]])), seed)
-    r.logp = -torch.rand(2, 3, generator=generator).masked_fill(~r.group.valid, 0)
-    r.entropy = torch.rand(2, 3, generator=generator).masked_fill(~r.group.valid, 0)
+    r.logp = -torch.rand(2, 3, generator=generator).masked_fill(~r.group.completion_mask, 0)
+    r.entropy = torch.rand(2, 3, generator=generator).masked_fill(~r.group.completion_mask, 0)
     return r
 
 
+class Asked(list):
+    """A function that scores prompts: what it is asked for; every answer is logp = -2."""
+
+    def __call__(self, prompts, groups):
+        if prompts:
+            self.append(list(zip(prompts, groups)))
+        return [torch.full(group.ids.shape, -2.0) for group in groups]
+
+
 @pytest.fixture
-def asked(monkeypatch):
-    """What the model is asked for, in calls of `score_groups`; every answer is logp = -2."""
-    calls = []
-
-    def answer(model, prompts, groups):
-        calls.append(list(zip(prompts, groups)))
-        return [(torch.full(group.ids.shape, -2.0), None) for group in groups]
-
-    monkeypatch.setattr(attribution, "score_groups", answer)
-    return calls
+def asked():
+    return Asked()
 
 
 def same_frames(a, b):
     return sorted(map(str, a.frames.tolist())) == sorted(map(str, b.frames.tolist()))
 
 
-def test_signals_ask_for_the_right_counterfactual(tiny, prompts, asked):
+def test_signals_ask_for_the_right_counterfactual(prompts, asked):
     clip, image = prompts[0], prompts[3]
     rollouts = [rollout(clip), rollout(image)]
     options = Options(signals=["visual", "temporal", "entropy", "random"])
-    attribute(rollouts, options, tiny[0])
+    attribute(rollouts, options, asked)
     (visual, temporal) = asked                  # one call per signal, all its rollouts together
     assert [group for _, group in visual] == [r.group for r in rollouts]
     assert [group for _, group in temporal] == [rollouts[0].group]
@@ -152,105 +157,116 @@ def test_signals_ask_for_the_right_counterfactual(tiny, prompts, asked):
     assert not torch.equal(temporal[0][0].frames, clip.frames)
     assert same_frames(temporal[0][0], clip)
     first, second = rollouts
-    assert list(first.scores) == list(first.chosen) == options.signals
+    assert list(first.scores) == list(first.top_tokens) == options.signals
     assert list(second.scores) == ["visual", "entropy", "random"]
     want = (first.logp + 2).abs()
     assert torch.equal(first.scores["visual"], want) and torch.equal(first.scores["temporal"], want)
     assert torch.equal(first.scores["entropy"], first.entropy)
 
 
-def test_the_mask_is_the_union_of_each_ones_top_tokens(tiny, prompts, asked):
+def test_the_mask_is_the_union_of_each_ones_top_tokens(prompts, asked):
     options = Options(ratio=0.4, shift="signed")
     r = rollout(prompts[0])
-    attribute([r], options, tiny[0])
+    attribute([r], options, asked)
     assert torch.equal(r.scores["visual"], r.logp + 2)
-    for name, chosen in r.chosen.items():
-        assert torch.equal(chosen, top_tokens(r.scores[name], r.group.valid, 0.4))
-    assert torch.equal(r.key_mask, select(r.scores, r.group.valid, options.ratios))
+    for name, tokens in r.top_tokens.items():
+        assert torch.equal(tokens, top_tokens(r.scores[name], r.group.completion_mask, 0.4))
+    assert torch.equal(r.key_mask, select(r.scores, r.group.completion_mask, options.ratios))
     assert 2 <= r.key_mask.sum() <= 5 and r.key_mask.dtype == torch.bool
 
 
-def test_masking_and_order_options(tiny, prompts, asked):
-    attribute([rollout(prompts[0])], Options(masking="zero", signals=["visual"]), tiny[0])
-    attribute([rollout(prompts[0])], Options(positions="moved", signals=["visual"]), tiny[0])
-    attribute([rollout(prompts[0])], Options(order="reverse", signals=["temporal"]), tiny[0])
-    zeroed, moved, reverse = [call[0][0] for call in asked]
-    assert zeroed.blank and torch.equal(zeroed.ids, prompts[0].ids)
+def test_positions_of_the_masked_prompt(prompts):
+    r, text = rollout(prompts[0]), ~prompts[0].visual
+    masked = mask_video(r, Options())
+    assert torch.equal(masked.positions, prompts[0].positions[:, text])
+    assert masked.next_position == prompts[0].next_position
+    moved = mask_video(r, Options(positions="moved"))
     assert moved.positions[0].tolist() == list(range(len(moved.ids)))
-    assert torch.equal(reverse.frames, prompts[0].frames.flip(0))
+    assert moved.next_position == len(moved.ids) == int(text.sum())
 
 
 def test_real_scores_are_differences_of_real_log_probabilities(tiny, prompts):
     """Equation 2 and 3 with the model: the plain scores of the changed prompts, subtracted."""
     model, r = tiny[0], rollout(prompts[0])
     r.logp, r.entropy = (x.detach() for x in score(model, prompts[0], r.group))
-    attribute([r], Options(order="reverse"), model)
-    for name, changed in (("visual", prompts[0].hidden()),
-                          ("temporal", prompts[0].reordered(torch.arange(8).flip(0)))):
+    COUNTERFACTUALS["reverse"] = lambda r, o: r.prompt.with_frames(r.prompt.frames.flip(0))
+    find_key_tokens(Options(signals=["visual", "reverse"]), [r], model)
+    for name, changed in (("visual", mask_video(r, Options())),
+                          ("reverse", prompts[0].with_frames(prompts[0].frames.flip(0)))):
         with torch.no_grad():
             other, _ = score(model, changed, r.group)
         assert torch.allclose(r.scores[name], (r.logp - other).abs(), atol=1e-5)
-        assert r.scores[name].max() > 1e-3 and (r.scores[name][~r.group.valid] == 0).all()
+        assert r.scores[name].max() > 1e-3 and (r.scores[name][~r.group.completion_mask] == 0).all()
         assert not r.scores[name].requires_grad
 
 
-def test_chance_belongs_to_the_seed_and_everything_is_all(tiny, prompts):
+def test_chance_belongs_to_the_seed_and_everything_is_all(prompts, asked):
     options = Options(signals=["random", "all"])
     a, b, c = rollout(prompts[0]), rollout(prompts[0]), rollout(prompts[0], seed=2)
-    attribute([a, b, c], options, tiny[0])
+    attribute([a, b, c], options, asked)
     assert torch.equal(a.scores["random"], b.scores["random"])
     assert not torch.equal(a.scores["random"], c.scores["random"])
-    assert torch.equal(a.key_mask, a.group.valid)               # plain GRPO
-    assert a.chosen["random"].sum() == 1
+    assert torch.equal(a.key_mask, a.group.completion_mask)               # plain GRPO
+    assert a.top_tokens["random"].sum() == 1
 
 
-def test_a_prompt_that_no_signal_applies_to_has_no_key_token(tiny, prompts, asked):
+def test_a_prompt_that_no_signal_applies_to_has_no_key_token(prompts, asked):
     r = rollout(prompts[3])
-    attribute([r], Options(signals=["temporal"]), tiny[0])
+    attribute([r], Options(signals=["temporal"]), asked)
     assert not asked and r.scores == {} and not r.key_mask.any()
 
 
-def test_a_rule_of_ones_own(tiny, prompts, asked, monkeypatch):
-    """A fork adds a function and a line: scores of its own, a changed prompt, or None."""
+def test_a_rule_of_ones_own(prompts, asked):
+    """A fork adds a function and a line: scores, or the prompt that is shown instead."""
     late = torch.arange(3.0).expand(2, 3)
-    monkeypatch.setitem(SIGNALS, "late", lambda r, o: late)
-    monkeypatch.setitem(SIGNALS, "last_frames", lambda r, o: r.prompt.showing(
-        r.prompt.frames[-1:].expand_as(r.prompt.frames)))
-    monkeypatch.setitem(SIGNALS, "never", lambda r, o: None)
+    SCORES.update(late=lambda r, o: late, never=lambda r, o: r.prompt)
+    COUNTERFACTUALS["last_frames"] = lambda r, o: r.prompt.with_frames(
+        r.prompt.frames[-1:].expand_as(r.prompt.frames))
     r = rollout(prompts[0])
-    attribute([r], Options(signals=["late", "last_frames", "never"]), tiny[0])
+    attribute([r], Options(signals=["late", "last_frames", "never"]), asked)
     assert torch.equal(r.scores["late"], late) and list(r.scores) == ["late", "last_frames"]
     assert len(asked) == 1 and len(asked[0][0][0].frames.unique(dim=0)) == 1
-    assert r.chosen["late"].tolist() == [[False, False, True], [False, False, False]]
+    assert r.top_tokens["late"].tolist() == [[False, False, True], [False, False, False]]
 
 
-def test_a_signal_that_shows_other_frames_is_named(tiny, prompts, monkeypatch):
-    """Their features would spill into the next prompt."""
-    monkeypatch.setitem(SIGNALS, "twice", lambda r, o: r.prompt.showing(
-        torch.cat([r.prompt.frames] * 2)))
-    with pytest.raises(SystemExit, match=r"error: signal twice: frames of shape \(\d+, .*cannot"):
-        attribute([rollout(prompts[0])], Options(signals=["twice"]), tiny[0])
+def blacken(r, o):
+    r.prompt.frames.zero_()
+    return r.prompt
 
 
-def test_scores_of_a_broken_model_do_not_stop_the_choice(tiny, prompts, monkeypatch):
+@pytest.mark.parametrize("rule, told", [
+    (lambda r, o: r.prompt.with_frames(torch.cat([r.prompt.frames] * 2)),   # they would spill into
+     r"signal mine: frames of shape \(16, .* cannot stand for .*\(8, "),   # the next prompt
+    (lambda r, o: None, "signal mine returned nothing; .* return r.prompt"),
+    (blacken, "signal mine changed r.prompt.frames in place; change a clone"),
+])
+def test_what_a_counterfactual_may_not_do_is_told(prompts, asked, rule, told):
+    COUNTERFACTUALS["mine"] = rule
+    r = rollout(prompts[0].with_frames(prompts[0].frames.clone()))
+    with pytest.raises(RuleError, match=told):
+        attribute([r], Options(signals=["mine"]), asked)
+
+
+def test_scores_of_a_broken_model_do_not_stop_the_choice(prompts, asked):
     """Its loss is NaN as well, and that step is skipped: ktr.py. A rule's own NaN is an error."""
-    monkeypatch.setitem(SIGNALS, "broken", lambda r, o: torch.full((2, 3), float("nan")))
+    SCORES["broken"] = lambda r, o: torch.full((2, 3), float("nan"))
     r = rollout(prompts[0])
-    with pytest.raises(SystemExit, match="signal broken: .*got NaN"):
-        attribute([r], Options(signals=["broken"]), tiny[0])
+    with pytest.raises(RuleError, match="signal broken: .*got NaN"):
+        attribute([r], Options(signals=["broken"]), asked)
     r.logp[0, 1] = float("nan")
-    attribute([r], Options(signals=["broken"]), tiny[0])
-    assert (r.scores["broken"] == 0).all() and r.chosen["broken"].sum() == 1
+    attribute([r], Options(signals=["broken"]), asked)
+    assert (r.scores["broken"] == 0).all() and r.top_tokens["broken"].sum() == 1
 
 
 def test_distances_of_distributions_take_the_place_of_shifts(tiny, prompts):
-    """--distance: the whole distribution's move, here KL(p || q), against full distributions."""
+    """lab/rules/distances.py: the whole distribution's move, here KL(p || q), word by word."""
+    load_rule(str(ROOT / "lab/rules/distances.py"))
     model, r = tiny[0], rollout(prompts[0])
-    attribute([r], Options(distance="kl", signals=["visual"]), model)
+    find_key_tokens(Options(signals=["visual_kl"]), [r], model)
     with torch.no_grad():
         for g, n in enumerate(r.group.lengths):
             full = []
-            for prompt in (prompts[0], prompts[0].hidden()):
+            for prompt in (prompts[0], mask_video(r, Options())):
                 words = torch.arange(model.config.text_config.vocab_size)
                 rows = []
                 for t in range(n):              # every word in place of token t
@@ -262,4 +278,4 @@ def test_distances_of_distributions_take_the_place_of_shifts(tiny, prompts):
                 full.append(torch.stack(rows))
             p, q = full
             want = (p.exp() * (p - q)).sum(-1)
-            assert torch.allclose(r.scores["visual"][g, :n], want, atol=1e-4) and want.max() > 1e-3
+            assert torch.allclose(r.scores["visual_kl"][g, :n], want, atol=1e-4) and want.max() > 1e-3

@@ -345,7 +345,7 @@ def then_wait(function):
 dist.barrier = then_wait(dist.barrier)
 dist.broadcast_object_list = then_wait(dist.broadcast_object_list)
 evaluate.main(evaluate.parse(sys.argv[1:]))
-evaluate.leave()
+evaluate.exit_process()
 """
 
 

@@ -6,23 +6,27 @@ model under an explicit mask.
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_in_transformers_5, plain_inputs
+from conftest import ROOT, as_in_transformers_5, masked, plain_inputs
 from transformers import Qwen3VLProcessor
 
 import ktr
 import policy
-from attribution import Rollout, temporal
 from data import Limits, check_record, load_media
-from engine import families
+from engine import families, weights
 from engine.decoding import vision_tokens
 from engine.prepare import recompute
 from lab import cold_start, toy
+from lab.rules.common import leave_out_tokens
+from lab.rules.frame_orders import rearranged, with_times
 from policy import sample, score, score_groups
-from run.options import Options, parse
+from options import Options
+from rollout import Rollout
+from run.arguments import parse
 
 ENDS = [2, 20, 30, 40]                                  # several, so that a random model ends
 
@@ -54,7 +58,7 @@ def ours(folder):
 @pytest.fixture(scope="module")
 def plain(folder):
     """The same weights in an untouched transformers model."""
-    return families.from_pretrained(str(folder), torch.float32).eval()
+    return weights.from_pretrained(str(folder), torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +151,7 @@ def test_positions_are_the_librarys(ours, plain, prompts):
 def test_scores_of_clips_and_images_together_are_the_librarys(ours, plain, prompts, groups):
     for prompt, group, (logp, _) in zip(prompts, groups, score_groups(ours[0], prompts, groups)):
         same(logp, group, lambda ids: plain_logp(plain, prompt, ids))
-        seen = group.logp.masked_fill(~group.valid, 0)
+        seen = group.logp.masked_fill(~group.completion_mask, 0)
         assert torch.allclose(logp, seen, atol=2e-5)            # what sampling saw
 
 
@@ -199,7 +203,7 @@ def test_masked_passes_are_the_librarys_under_a_mask(ours, plain, prompts, group
         keep = half[:int(prompt.visual.sum())]
         some = ~prompt.visual
         some[prompt.visual] = keep
-        hidden, zeroed, thinned = prompt.hidden(), prompt.zeroed(), prompt.thinned(keep)
+        hidden, zeroed, thinned = masked(prompt), replace(prompt, zeroed=True), leave_out_tokens(prompt, keep)
         changed = score_groups(ours[0], [hidden, zeroed, thinned, prompt], [group] * 4)
         got = [logp for logp, _ in changed]             # one packed row for all
         same(got[0], group, lambda ids: masked_logp(plain, prompt, ids, ~prompt.visual))
@@ -214,7 +218,7 @@ def test_masked_passes_are_the_librarys_under_a_mask(ours, plain, prompts, group
 def test_shuffled_frames_keep_words_and_positions(family, ours, plain, prompts, groups):
     prompt, group = prompts[0], groups[0]
     order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
-    shuffled = prompt.reordered(order)
+    shuffled = prompt.with_frames(prompt.frames[order])
     assert torch.equal(shuffled.ids, prompt.ids) and not torch.equal(order, torch.arange(8))
     assert torch.equal(shuffled.positions, prompt.positions)
     got, _ = score(ours[0], shuffled, group)
@@ -229,13 +233,13 @@ def test_shuffled_frames_keep_words_and_positions(family, ours, plain, prompts, 
 @torch.no_grad()
 def test_times_may_move_along_with_their_frames(family, ours, plain, prompts, groups):
     prompt, group, model, processor = prompts[0], groups[0], *ours
-    r, o = Rollout(prompt, group, 0), Options(times="moved")
+    r, o = Rollout(prompt, group, 0), Options()
     if family != "qwen3":                               # no times to move: frames singly
-        same_ids = temporal(r, o)
+        same_ids = with_times(r, o)
         assert torch.equal(same_ids.ids, prompt.ids)
         return
     order = torch.tensor([2, 0, 3, 1])
-    moved = prompt.rearranged(order)
+    moved = rearranged(prompt, order)
     text = processor.tokenizer.decode(moved.ids[~moved.visual])
     places = [text.index(f"< {i} . 2 seconds >") for i in (2, 0, 3, 1)]     # 0.5 s between frames
     assert places == sorted(places) and len(moved.ids) == len(prompt.ids)
@@ -243,13 +247,13 @@ def test_times_may_move_along_with_their_frames(family, ours, plain, prompts, gr
     got, _ = score(model, moved, group)
     same(got, group, lambda ids: plain_logp(plain, moved, ids))
     assert (got - score(model, prompt, group)[0]).abs().max() > 1e-3
-    back = moved.rearranged(torch.argsort(order))
+    back = rearranged(moved, torch.argsort(order))
     for name in ("ids", "positions", "visual", "frames"):
         assert torch.equal(getattr(back, name), getattr(prompt, name))
     assert back.next_position == prompt.next_position
-    chosen = temporal(r, o)
-    assert chosen.ids.sort().values.equal(prompt.ids.sort().values)
-    assert not torch.equal(chosen.ids, prompt.ids)
+    changed = with_times(r, o)
+    assert changed.ids.sort().values.equal(prompt.ids.sort().values)
+    assert not torch.equal(changed.ids, prompt.ids)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -261,9 +265,9 @@ def test_few_frames_and_odd_ones_are_rearranged(ours, n):
     record = toy.example_prompt(random.Random(5), processor)[0].record
     frames = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 64, 64)
     prompt = processor.prompt({**record, "data_type": "video"}, frames, 0.5)
-    changed = temporal(Rollout(prompt, None, 0), Options(times="moved"))
-    assert (changed is None) == (n < 3)
-    if changed is not None:
+    changed = with_times(Rollout(prompt, None, 0), Options())
+    assert (changed is prompt) == (n < 3)
+    if changed is not prompt:
         assert set(changed.frames.flatten().tolist()) == set(range(n))
         assert len(changed.frames) == n + n % 2 and changed.grid == prompt.grid
 
@@ -355,11 +359,11 @@ def test_the_loop_runs_and_saves(folder, world, tmp_path, capsys, monkeypatch, f
                "--dtype", "float32", "--max_new_tokens", 8, "--workers", 0, "--lr", 1e-3,
                "--max_steps", 2, "--prompts_per_step", 2, "--save_every", 2, *frozen]
     ktr.main(parse([str(x) for x in options]))
-    before = families.from_pretrained(str(folder), torch.float32)
-    after = families.from_pretrained(str(tmp_path / "final"), torch.float32)
+    before = weights.from_pretrained(str(folder), torch.float32)
+    after = weights.from_pretrained(str(tmp_path / "final"), torch.float32)
     printed = capsys.readouterr().out
-    for name, (a, b) in {name: (policy.parts(before)[name], policy.parts(after)[name])
-                         for name in policy.parts(after)}.items():
+    for name, (a, b) in {name: (weights.parts_of(before)[name], weights.parts_of(after)[name])
+                         for name in weights.parts_of(after)}.items():
         held = name in frozen
         assert [torch.equal(x, y) for x, y in zip(a, b)] == [held] * len(a), name
         assert f"{name} {sum(x.numel() for x in a) / 1e6:.1f}M" + " (frozen)" * held in printed

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import ktr
 from run import checkpoint
 from run.logs import rows_of
-from run.options import Options, parse
+from options import Options
+from run.arguments import parse
 
 SMALL = ["--dtype", "float32", "--max_new_tokens", "12", "--G", "4", "--workers", "0",
          "--lr", "1e-3", "--no_checkpointing", "--sample_every", "1000"]
@@ -228,7 +229,7 @@ import sys
 sys.path.insert(0, {root!r})
 import ktr
 from run.distributed import leave
-from run.options import parse
+from run.arguments import parse
 begin, step, places = ktr.begin, ktr.ShardedAdamW.step, []
 def place(optimizer):
     return [p.grad.data_ptr() for p in optimizer.params]
@@ -241,7 +242,7 @@ def stepped(optimizer, *arguments):
     step(optimizer, *arguments)
 ktr.begin, ktr.ShardedAdamW.step = begun, stepped
 ktr.main(parse())
-leave()
+exit_process()
 '''
 
 
@@ -297,7 +298,7 @@ FAULTY = '''
 import sys, os
 sys.path.insert(0, {root!r})
 import ktr
-from run.options import parse
+from run.arguments import parse
 judge, calls = ktr.judge, []
 def broken(*arguments):
     calls.append(1)

@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import as_in_transformers_5, plain_inputs, plain_logp
+from conftest import as_in_transformers_5, masked, plain_inputs, plain_logp
 
 import policy
 from engine.decoding import vision_tokens
 from engine.prepare import recompute
-from policy import Group, TokenStats, batches, sample, score, score_groups
+from engine import scoring
+from engine.scoring import TokenStats
+from lab.rules.common import leave_out_tokens
+from policy import batches, sample, score, score_groups
+from rollout import Group
 
 ENDS = [2, 20, 30, 40]          # several end tokens, so that a random model ends at all
 
@@ -42,7 +46,7 @@ def test_the_shared_prompt_equals_the_plain_forward(tiny, plain, prompts, groups
 
 def test_what_sampling_saw_is_what_scoring_finds(tiny, prompts, groups):
     for prompt, group in zip(prompts, groups):
-        seen = group.logp.masked_fill(~group.valid, 0)
+        seen = group.logp.masked_fill(~group.completion_mask, 0)
         assert torch.allclose(score(tiny[0], prompt, group)[0], seen, atol=1e-5)
 
 
@@ -85,7 +89,7 @@ def test_hiding_the_video_equals_an_attention_mask(tiny, plain, prompts, groups)
     """Dropping the video tokens and keeping positions gives what masking them in every query
     gives."""
     prompt, group = prompts[0], groups[0]
-    got = score(tiny[0], prompt.hidden(), group)[0]
+    got = score(tiny[0], masked(prompt), group)[0]
     for g, n in enumerate(group.lengths):
         inputs = plain_inputs(prompt, group.ids[g, :n])
         length = len(prompt.ids) + n
@@ -106,8 +110,8 @@ def test_completions_stay_where_they_were_when_a_long_clip_is_hidden(tiny, promp
     completion."""
     long = tiny[1].prompt(prompts[0].record, prompts[0].frames, 15.0, text_after="frame")
     assert long.positions[:, ~long.visual].max() < long.positions.max()
-    assert long.hidden().next_position == long.next_position == int(long.positions.max()) + 1
-    assert long.hidden("moved").next_position == len(long.hidden("moved").ids)
+    assert masked(long).next_position == long.next_position == int(long.positions.max()) + 1
+    assert masked(long, "moved").next_position == len(masked(long, "moved").ids)
 
 
 def test_a_hidden_video_is_not_computed(tiny, prompts, groups, monkeypatch):
@@ -119,7 +123,7 @@ def test_a_hidden_video_is_not_computed(tiny, prompts, groups, monkeypatch):
     def ran(*_, **__):
         pytest.fail("the vision tower ran")
     monkeypatch.setattr(tiny[0].model.visual, "forward", ran)
-    score(tiny[0], prompts[0].hidden(), groups[0])
+    score(tiny[0], masked(prompts[0]), groups[0])
     text = int((~prompts[0].visual).sum())
     assert seen == [text + sum(groups[0].lengths)]
 
@@ -127,8 +131,9 @@ def test_a_hidden_video_is_not_computed(tiny, prompts, groups, monkeypatch):
 def test_counterfactuals_change_what_is_seen(tiny, prompts, groups):
     whole = score(tiny[0], prompts[0], groups[0])[0]
     keep = torch.arange(int(prompts[0].visual.sum())) % 2 == 0
-    for changed in (prompts[0].hidden(), prompts[0].zeroed(), prompts[0].thinned(keep),
-                    prompts[0].reordered(torch.arange(8).flip(0))):
+    for changed in (masked(prompts[0]), replace(prompts[0], zeroed=True),
+                    leave_out_tokens(prompts[0], keep),
+                    prompts[0].with_frames(prompts[0].frames.flip(0))):
         assert (score(tiny[0], changed, groups[0])[0] - whole).abs().max() > 1e-3
 
 
@@ -145,7 +150,7 @@ def test_questions_about_one_clip_share_its_features(tiny, prompts, groups, monk
 
 
 def test_token_stats_in_chunks(monkeypatch):
-    monkeypatch.setattr(policy, "CHUNK", 3)
+    monkeypatch.setattr(scoring, "CHUNK", 3)
     torch.manual_seed(0)
     hidden = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
@@ -170,7 +175,7 @@ def test_greedy_sampling_equals_generate(tiny, plain, prompts):
 
 def test_a_prompts_random_numbers_depend_on_its_seed_alone(tiny, prompts, groups):
     alone = sample(tiny[0], [prompts[2]], 4, 20, seeds=[3], ends=ENDS)[0]
-    assert torch.equal(alone.ids[alone.valid], groups[2].ids[groups[2].valid])
+    assert torch.equal(alone.ids[alone.completion_mask], groups[2].ids[groups[2].completion_mask])
     other = sample(tiny[0], [prompts[2]], 4, 20, seeds=[30], ends=ENDS)[0]
     assert other.lengths != alone.lengths or not torch.equal(other.ids, alone.ids)
 

@@ -7,7 +7,8 @@ import torch
 import torch.utils.checkpoint
 
 from engine import prepare
-from policy import Group, score
+from policy import score
+from rollout import Group
 
 
 @pytest.fixture()

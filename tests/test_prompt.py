@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_in_transformers_5, plain_inputs
+from conftest import ROOT, as_in_transformers_5, masked, plain_inputs
 
 import data
 from lab import toy
+from lab.rules.common import leave_out_tokens
 from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, fit, one_line, patches,
                     question_text, rope_positions, target_size)
 
@@ -191,18 +192,18 @@ def test_a_single_frame_is_doubled(tiny, prompts):
 
 def test_counterfactual_prompts(prompts):
     p = prompts[0]
-    hidden = p.hidden()
+    hidden = masked(p)
     assert torch.equal(hidden.ids, p.ids[~p.visual])
     assert torch.equal(hidden.positions, p.positions[:, ~p.visual])
     assert hidden.next_position == p.next_position
-    assert p.hidden("moved").positions[2].tolist() == list(range(len(hidden.ids)))
+    assert masked(p, "moved").positions[2].tolist() == list(range(len(hidden.ids)))
     order = torch.arange(len(p.frames)).flip(0)
-    assert torch.equal(p.reordered(order).frames, p.frames.flip(0))
-    assert torch.equal(p.reordered(order).positions, p.positions)
-    assert p.zeroed().blank and torch.equal(p.zeroed().ids, p.ids)
+    shuffled = p.with_frames(p.frames[order])
+    assert torch.equal(shuffled.frames, p.frames.flip(0))
+    assert torch.equal(shuffled.positions, p.positions)
 
     keep = torch.arange(int(p.visual.sum())) % 2 == 0
-    assert p.thinned(keep).visual.sum() == keep.sum()
+    assert leave_out_tokens(p, keep).visual.sum() == keep.sum()
 
 
 def test_processor_survives_a_round_trip(tiny, tmp_path):

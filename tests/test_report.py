@@ -17,7 +17,7 @@ from conftest import ROOT
 from lab import report, toy
 from lab.stats import quantile
 from run.logs import METRICS, Clock, Log
-from run.options import parse
+from run.arguments import parse
 
 EVIL = "</script x><script>window.hacked = 1; document.title = 'hacked'</script>\u2028&amp;"
 

@@ -10,11 +10,16 @@ from conftest import ROOT
 from test_ktr import arguments, finish, log_of, start, torchrun
 
 import ktr
-from attribution import ADVANTAGES, BONUSES, PENALTIES, SIGNALS, WEIGHTS, Rollout, attribute
-from grpo import grpo_loss
+from attribution import COUNTERFACTUALS, SCORES, WEIGHTS
+from grpo import ADVANTAGES, PENALTIES, grpo_loss
+from ktr import find_key_tokens
 from lab.rules import common, dr_grpo, papo, per_signal, pgpo, t_grpo, tw_grpo, vppo
-from policy import Group, predicting_states, sample, score, score_groups
-from run.options import Options, parse
+from options import Options
+from policy import predicting_states, sample, score, score_groups
+from rewards import EXTRA_REWARDS
+from rollout import Group, Rollout
+from run.arguments import parse
+from run.training import Scorer
 
 RULES = sorted(path for path in (ROOT / "lab/rules").glob("*.py") if path.stem != "common")
 VALID = torch.tensor([[True, True, True], [True, True, False]])
@@ -22,22 +27,22 @@ VALID = torch.tensor([[True, True, True], [True, True, False]])
 
 def rollout(prompt, seed=0, valid=VALID):
     r = Rollout(prompt, Group(torch.full(valid.shape, 9), valid), seed)
-    r.logp, r.borne = torch.zeros(valid.shape), valid
+    r.logp, r.loss_mask = torch.zeros(valid.shape), valid
     return r
 
 
 # ---------------------------------------------------------------------------------- each one trains
 def test_every_file_of_rules_is_tried():
     assert {path.stem for path in RULES} >= {"papo", "vppo", "t_grpo", "tw_grpo", "dapo"}
-    assert all(len(path.read_text().splitlines()) <= 70 for path in RULES)
+    assert all(len(path.read_text().splitlines()) <= 80 for path in RULES)
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
 def test_a_rule_trains(path, checkpoint_folder, world, tmp_path, monkeypatch):
     """Two steps, with rewards that differ so that there is something to learn."""
-    def judge(o, processor, group, record):
+    def rewards(o, processor, group, record):
         return (torch.arange(len(group.ids)) % 2).float(), torch.zeros(len(group.ids))
-    monkeypatch.setattr(ktr, "judge", judge)
+    monkeypatch.setattr(ktr, "answer_rewards", rewards)
     more = ["--max_steps", 2, "--prompts_per_step", 2, "--max_new_tokens", 8, "--rule", path]
     o = parse(arguments(checkpoint_folder, world, tmp_path, *more))
     assert o != parse(arguments(checkpoint_folder, world, tmp_path, *more[:-2]))
@@ -50,10 +55,10 @@ def test_a_rule_trains(path, checkpoint_folder, world, tmp_path, monkeypatch):
 
 def test_a_rules_options_hold_unless_given(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text('from attribution import SIGNALS\nSIGNALS["mine"] = None\n'
+    path.write_text('from attribution import SCORES\nSCORES["mine"] = None\n'
                     'OPTIONS = "--signals mine --ratio 0.3"\n')
     o = parse(["--model", "m", "--data", "d", "--ratio", "0.1", "--rule", str(path)])
-    assert o.signals == ["mine"] and o.ratio == 0.1 and "mine" in SIGNALS
+    assert o.signals == ["mine"] and o.ratio == 0.1 and "mine" in SCORES
     with pytest.raises(SystemExit, match="error: --rule none.py: no such Python file"):
         parse(["--model", "m", "--data", "d", "--rule", "none.py"])
 
@@ -61,7 +66,7 @@ def test_a_rules_options_hold_unless_given(tmp_path):
 @pytest.mark.parametrize("text, why", [
     ("def (:", "SyntaxError: .*line 1"),
     ("import attributionn", "ModuleNotFoundError: .*attributionn"),
-    ("SIGNALS['mine'] = None", "NameError: .*SIGNALS"),
+    ("SCORES['mine'] = None", "NameError: .*SCORES"),
 ])
 def test_a_rules_file_with_a_slip_is_one_line(text, why, tmp_path):
     (tmp_path / "mine.py").write_text(text)
@@ -69,7 +74,8 @@ def test_a_rules_file_with_a_slip_is_one_line(text, why, tmp_path):
         parse(["--model", "m", "--data", "d", "--rule", str(tmp_path / "mine.py")])
 
 
-@pytest.mark.parametrize("option", ["weighting", "advantage", "penalty", "bonus", "signals"])
+@pytest.mark.parametrize("option", [
+    "weighting", "advantage", "penalty", "extra_reward", "signals"])
 def test_a_name_that_nobody_registered(option, checkpoint_folder, world, tmp_path):
     with pytest.raises(SystemExit, match=f"unknown {option.removesuffix('s')} 'mine'; known: "):
         ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, f"--{option}", "mine")))
@@ -81,12 +87,11 @@ def ones(r, *_):
 
 
 @pytest.mark.parametrize("seam, options, rule, says", [
-    (SIGNALS, "--signals mine", lambda r, o: ones(r)[:, 1:], r"signal mine: .*\(4, \d+\) on cpu"),
-    (SIGNALS, "--signals mine", lambda r, o: ones(r) * math.nan, "signal mine: .*got NaN"),
-    (SIGNALS, "--signals mine", lambda r, o: ones(r).to("meta"), "signal mine: .*on meta"),
-    (SIGNALS, "--signals mine", lambda r, o: r.logp, "signal mine: .*got one with a gradient"),
-    (SIGNALS, "--signals mine", lambda r, o: [0.0], "signal mine: .*got a list"),
-    (WEIGHTS, "--weighting mine", lambda r, o: r.logp.exp(), "weighting mine: .*with a gradient"),
+    (SCORES, "--signals mine", lambda r, o: ones(r)[:, 1:], r"signal mine: .*\(4, \d+\) on cpu"),
+    (SCORES, "--signals mine", lambda r, o: ones(r) * math.nan, "signal mine: .*got NaN"),
+    (SCORES, "--signals mine", lambda r, o: ones(r).to("meta"), "signal mine: .*on meta"),
+    (SCORES, "--signals mine", lambda r, o: r.logp, "signal mine: .*got one with a gradient"),
+    (SCORES, "--signals mine", lambda r, o: [0.0], "signal mine: .*got a list"),
     (WEIGHTS, "--weighting mine", lambda r, o: ones(r)[0], r"weighting mine: .*got shape \(\d+,\)"),
     (WEIGHTS, "--weighting mine", lambda r, o: -ones(r), "weighting mine: .*got one below 0"),
     (ADVANTAGES, "--advantage mine", lambda r, o: ones(r)[:2], "advantage mine: .*shape"),
@@ -95,7 +100,10 @@ def ones(r, *_):
     (ADVANTAGES, "--advantage mine", lambda r, o: 1.0, "advantage mine: .*got a float"),
     (PENALTIES, "--penalty mine", lambda r, o, m: torch.tensor(1.0), "penalty mine: .*one without"),
     (PENALTIES, "--penalty mine", lambda r, o, m: r.logp, "penalty mine: .*got shape"),
-    (BONUSES, "--bonus mine", lambda rs, o, m, read: [torch.ones(3)], "bonus mine: .*shape"),
+    (SCORES, "--signals mine", lambda r, o: None, "signal mine: .*got a NoneType"),
+    (PENALTIES, "--penalty mine", lambda r, o, m: None, "penalty mine: .*got a NoneType"),
+    (EXTRA_REWARDS, "--extra_reward mine", lambda rs, o, m, texts: [torch.ones(3)],
+     "extra reward mine: .*shape"),
 ])
 def test_an_error_in_a_rule_is_one_line_that_names_it(seam, options, rule, says, checkpoint_folder,
                                                       world, tmp_path):
@@ -152,7 +160,7 @@ def test_papos_gradient_goes_through_both_passes(tiny, prompts, monkeypatch):
     monkeypatch.setattr(papo, "CAP", 99.0)                      # where it binds there is a kink
     model = tiny[0]
     r = Rollout(prompts[0], sample(model, prompts[:1], 2, 6, seeds=[1])[0], 0)
-    r.borne = r.group.valid
+    r.loss_mask = r.group.completion_mask
     values, grads = [], None
     weight, step = model.lm_head.weight, 1e-3
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -269,9 +277,9 @@ def test_spread_is_given_the_states_that_predict(tiny, prompts):
     (group,) = sample(model, prompts[:1], 4, 12, seeds=[3], ends=[2, 20, 30, 40])
     r = Rollout(prompts[0], group, 0)
     r.logp, r.entropy = (x.detach() for x in score(model, prompts[0], group))
-    attribute([r], Options(signals=["spread"]), model)
+    find_key_tokens(Options(signals=["spread"]), [r], model)
     states, head = predicting_states(model, prompts[0], group)
-    want = spread_by_loops(states, head, group.valid)
+    want = spread_by_loops(states, head, group.completion_mask)
     assert r.scores["spread"][0].tolist() == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
@@ -346,8 +354,8 @@ def test_normalisers_by_hand():
     """Objectives 1.2 + 1 + 1 and -0.8 - 1: 1.4 in all, over the group's five tokens or a total."""
     A = torch.tensor([1.0, -1.0])
     assert loss_of(A, normalize="tokens")[0] == pytest.approx(-1.4 / 5)
-    assert loss_of(A, normalize="tokens", total=7.0)[0] == pytest.approx(-1.4 / 7)
-    assert loss_of(A, normalize="constant", total=20)[0] == pytest.approx(-1.4 / 20)
+    assert loss_of(A, normalize="tokens", divisor=7.0)[0] == pytest.approx(-1.4 / 7)
+    assert loss_of(A, normalize="constant", divisor=20)[0] == pytest.approx(-1.4 / 20)
 
 
 def test_a_higher_clip_lets_ratios_rise():
@@ -368,10 +376,11 @@ def test_kl_estimators_by_hand(name, want):
 def with_rewards(prompts, accuracy, form, ended, **options):
     r = rollout(prompts[0])
     r.accuracy, r.format = torch.tensor(accuracy), torch.tensor(form)
-    r.extra, r.key_mask = torch.zeros(2), VALID
+    r.extra_reward = torch.zeros(2)
     r.group = Group(r.group.ids, VALID, ended=torch.tensor(ended))
-    ktr.reward(Options(G=2, **options), r)
-    return r.borne.sum(-1).tolist()
+    o = Options(G=2, **options)
+    ktr.add_rewards(o, r, VALID)
+    return ktr.loss_mask(o, r).sum(-1).tolist()
 
 
 def test_dropped_groups_and_cut_completions_bear_no_loss(prompts):
@@ -385,7 +394,7 @@ def test_dropped_groups_and_cut_completions_bear_no_loss(prompts):
 
 
 # -------------------------------------------------------------------------------------- whole runs
-def judged(o, processor, group, record):
+def every_other(o, processor, group, record):
     """Rewards that differ within every other group, by the record's number."""
     some = (torch.arange(len(group.ids)) % 2).float()
     return (some if record["problem_id"] % 2 else some * 0), some * 0
@@ -393,7 +402,7 @@ def judged(o, processor, group, record):
 
 def test_groups_alike_in_accuracy_are_dropped_on_all_ranks_alike(checkpoint_folder, world,
                                                                  tmp_path, monkeypatch):
-    monkeypatch.setattr(ktr, "judge", judged)
+    monkeypatch.setattr(ktr, "answer_rewards", every_other)
     more = ["--prompts_per_step", 4, "--max_steps", 2, "--filter", "accuracy"]
     ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, *more)))
     log = log_of(tmp_path)
@@ -401,15 +410,16 @@ def test_groups_alike_in_accuracy_are_dropped_on_all_ranks_alike(checkpoint_fold
     assert [row["dropped"] for row in log] == [row["flat"] for row in log]
 
 
-BRIEF = """from attribution import BONUSES
+BRIEF = """from rewards import EXTRA_REWARDS
 
 
-def brief(rollouts, o, model, read):
-    return [r.group.valid.sum(-1) % 3 * float(r.prompt.record["problem_id"] % 2) for r in rollouts]
+def brief(rollouts, o, model, texts):
+    return [r.group.completion_mask.sum(-1) % 3 * float(r.prompt.record["problem_id"] % 2)
+            for r in rollouts]
 
 
-BONUSES["brief"] = brief
-OPTIONS = "--bonus brief"
+EXTRA_REWARDS["brief"] = brief
+OPTIONS = "--extra_reward brief"
 """
 
 
@@ -426,11 +436,11 @@ def test_two_ranks_make_the_update_of_one(checkpoint_folder, world, tmp_path):
         for name in ("reward", "length", "loss", "kl", "clipped", "dropped", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
     assert {row["dropped"] for row in log_of(one)} > {0.5}
-    assert max(row["bonus"] for row in log_of(one)) > 0.4       # a rule's, without one for length
+    assert max(row["extra_reward"] for row in log_of(one)) > 0.4
 
 
 def test_several_updates_let_the_clip_bind(checkpoint_folder, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(ktr, "judge", judged)
+    monkeypatch.setattr(ktr, "answer_rewards", every_other)
     logs = []
     for updates in (1, 3):
         out = tmp_path / str(updates)
@@ -450,20 +460,23 @@ def test_a_batchs_tokens_weigh_alike(tiny, prompts, monkeypatch):
               for p, n in zip(prompts[:2], (4, 9))]
     rollouts = [Rollout(p, g, 0) for p, g in zip(prompts, groups)]
     for i, r in enumerate(rollouts):
-        r.accuracy, r.format, r.extra = torch.arange(3.0) * (i + 1), torch.zeros(3), torch.zeros(3)
-    scorer, total = ktr.Scorer(model), ktr.divisor(o, rollouts, 1, torch.device("cpu"))
-    sizes = [int(g.valid.sum()) for g in groups]
-    assert total == sum(sizes) / 2 and sizes[0] != sizes[1]
+        r.accuracy, r.format = torch.arange(3.0) * (i + 1), torch.zeros(3)
+        r.extra_reward = torch.zeros(3)
+        ktr.add_rewards(o, r, r.group.completion_mask)
+    cpu = torch.device("cpu")
+    scorer, divisor = Scorer(model), ktr.loss_divisor(o, rollouts, 1, cpu)
+    sizes = [int(g.completion_mask.sum()) for g in groups]
+    assert divisor == sum(sizes) / 2 and sizes[0] != sizes[1]
     constant = Options(G=3, max_new_tokens=50, normalize="constant")
-    assert ktr.divisor(constant, rollouts, 1, torch.device("cpu")) == 150
+    assert ktr.loss_divisor(constant, rollouts, 1, cpu) == 150
     model.zero_grad()
     for r in rollouts:                      # one part each, as where rows are long
-        ktr.learn(o, scorer, None, [r], 1 / 2, total, ktr.Clock(torch.device("cpu")))
+        ktr.learn(o, scorer, None, [r], divisor, ktr.Clock(cpu))
     got = model.lm_head.weight.grad.clone()
     model.zero_grad()
     loss = 0.0
     for r, (logp, _) in zip(rollouts, score_groups(model, prompts[:2], groups)):
-        loss = loss - (r.advantages[:, None] * logp * r.group.valid).sum() / sum(sizes)
+        loss = loss - (r.advantages[:, None] * logp * r.group.completion_mask).sum() / sum(sizes)
     loss.backward()
     assert torch.allclose(got, model.lm_head.weight.grad, atol=1e-6) and got.abs().max() > 1e-4
     model.zero_grad()

@@ -15,8 +15,8 @@ import torch.distributed.run
 from conftest import ROOT
 from test_ktr import log_of, weights_of
 
-from run.options import parse
-from stream import preflight
+from run.arguments import parse
+from run.preflight import check_start
 
 TINY = ["--dtype", "float32", "--max_new_tokens", "8", "--G", "2", "--workers", "0", "--lr", "1e-3"]
 FIND = "print(importlib.util.find_spec('data').origin)"
@@ -146,7 +146,7 @@ def test_a_slip_is_told_before_the_toy_world_is_made(given, says, tmp_path):
 def refuse(folder, data, out, *more):
     given = ["--model", folder, "--data", data, "--out", out, "--workers", 0, *more]
     with pytest.raises(SystemExit) as stop:
-        preflight(parse([str(x) for x in given]))
+        check_start(parse([str(x) for x in given]))
     message = str(stop.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
@@ -183,7 +183,7 @@ def test_clips_that_do_not_decode_are_found_before_the_start(checkpoint_folder, 
     good = min(world.glob("train/*.y4m"))       # other tests leave damaged ones beside it
     shutil.copy(good, tmp_path / "2.y4m")
     given = ["--model", checkpoint_folder, "--data", data, "--out", out]
-    usable, left_out = preflight(parse([str(x) for x in given]))
+    usable, left_out = check_start(parse([str(x) for x in given]))
     assert len(usable) == 6 and left_out == set()
 
 

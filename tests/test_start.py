@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import policy
-from engine import families
+from engine import weights
 from lab import cold_start
 from policy import load, load_processor
 from prompt import Processor
-from run.options import Options
-from stream import preflight
+from options import Options
+from run.preflight import check_start
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_weights_that_are_missing_or_left_over_are_refused(folder, world, change
     rewrite(folder, change)
     o = Options(model=str(folder), data=str(world / "train.json"), videos=str(world))
     with pytest.raises(SystemExit) as refused:
-        preflight(o)
+        check_start(o)
     told = str(refused.value)
     assert told.startswith(f"error: --model {folder}: ") and said in told and "\n" not in told
     with pytest.raises(OSError):                                    # evaluate.py's way
@@ -60,7 +60,7 @@ def test_weights_that_are_missing_or_left_over_are_refused(folder, world, change
 def test_hub_names_are_judged_when_they_are_loaded(folder, monkeypatch):
     """Their files are not there before; what transformers says of its loading counts."""
     rewrite(folder, without("layers.2."))
-    monkeypatch.setattr(families, "check_weights", lambda name: None)
+    monkeypatch.setattr(weights, "check_weights", lambda name: None)
     with pytest.raises(OSError, match="12 weights are missing: model.language_model.layers.2"):
         load(str(folder))
 
@@ -78,7 +78,7 @@ def test_a_damaged_file_of_weights_is_refused(folder):
 def test_older_and_newer_names_of_weights_are_the_same_model(folder):
     want = load(str(folder))[0].state_dict()
     assert any(name.startswith("model.layers.") for name in load_file(folder / "model.safetensors"))
-    rewrite(folder, lambda w: {families.new_name(name): x for name, x in w.items()})
+    rewrite(folder, lambda w: {weights.new_name(name): x for name, x in w.items()})
     got = load(str(folder))[0].state_dict()
     assert all(torch.equal(want[name], x) for name, x in got.items())
 
@@ -131,7 +131,7 @@ def test_sampling_ends_at_the_end_of_a_turn(folder, prompts):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END_OF_TEXT}))
     model, _ = load(str(folder))
     (group,) = policy.sample(model, prompts[:1], 4, 64)
-    assert group.ended.all() and (group.ids[group.valid] == IM_END).sum() == 4
+    assert group.ended.all() and (group.ids[group.completion_mask] == IM_END).sum() == 4
 
 
 # ------------------------------------------------------------------------------- processor's files

@@ -6,27 +6,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import stream
 from data import Skipped
+from options import Options
+from run import preflight, stream
 from run.logs import Log, lost_records, rewind, rows_of
-from run.options import Options
-from stream import Stream, plan, seed_of
+from run.stream import Stream, plan, seed_of
 
 
 # --------------------------------------------------------------------------------------------- plan
 def test_every_epoch_is_another_permutation_cut_to_whole_steps():
-    ahead, steps = plan(Options(epochs=2), 10, set(), B=3, first=0, begin=0)
+    ahead, steps = plan(Options(epochs=2), 10, set(), prompts=3, first_step=0, first_place=0)
     assert steps == 6 and [place for place, _ in ahead] == list(range(18))
     one, two = [i for _, i in ahead[:9]], [i for _, i in ahead[9:]]
     assert len(set(one)) == len(set(two)) == 9 and one != two
-    other, _ = plan(Options(seed=7), 10, set(), B=3, first=0, begin=0)
+    other, _ = plan(Options(seed=7), 10, set(), prompts=3, first_step=0, first_place=0)
     assert [i for _, i in other] != one
 
 
 def test_a_run_that_goes_on_takes_the_rest_of_the_same_order():
     for o in (Options(epochs=2), Options(max_steps=8)):
-        whole, steps = plan(o, 10, set(), B=2, first=0, begin=0)
-        rest, same = plan(o, 10, set(), B=2, first=3, begin=6)
+        whole, steps = plan(o, 10, set(), prompts=2, first_step=0, first_place=0)
+        rest, same = plan(o, 10, set(), prompts=2, first_step=3, first_place=6)
         wanted = (steps - 3) * 2
         assert same == steps and rest[:wanted] == whole[6:6 + wanted]
 
@@ -34,9 +34,9 @@ def test_a_run_that_goes_on_takes_the_rest_of_the_same_order():
 @pytest.mark.parametrize("o", [Options(epochs=2), Options(max_steps=9)])
 def test_records_left_out_later_never_come_again(o):
     """Three steps are done; then some records are left out, of those to come and of those seen."""
-    whole, _ = plan(o, 10, set(), B=2, first=0, begin=0)
+    whole, _ = plan(o, 10, set(), prompts=2, first_step=0, first_place=0)
     left_out = {whole[1][1], whole[6][1], whole[9][1]}
-    rest, steps = plan(o, 10, left_out, B=2, first=3, begin=6)
+    rest, steps = plan(o, 10, left_out, prompts=2, first_step=3, first_place=6)
     assert rest == [(place, i) for place, i in rest if i not in left_out]
     expected = [(place, i) for place, i in whole[6:] if i not in left_out]
     assert rest[:len(expected)] == expected
@@ -48,9 +48,9 @@ def test_records_left_out_later_never_come_again(o):
 
 def test_too_few_records_for_a_step():
     with pytest.raises(SystemExit, match="2 records are too few for one step of 3 prompts"):
-        plan(Options(), 4, {0, 1}, B=3, first=0, begin=0)
+        plan(Options(), 4, {0, 1}, prompts=3, first_step=0, first_place=0)
     with pytest.raises(SystemExit, match="too few"):
-        plan(Options(max_steps=5), 2, set(), B=3, first=0, begin=0)
+        plan(Options(max_steps=5), 2, set(), prompts=3, first_step=0, first_place=0)
 
 
 def test_every_run_has_its_own_chance():
@@ -234,6 +234,6 @@ def test_a_run_that_no_gpu_holds_is_refused_before_it_starts(ranks, options, nee
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     o = Options(model="random:7b", **options)
     if needed is None:
-        return stream.check_memory(o)
+        return preflight.check_memory(o)
     with pytest.raises(SystemExit, match=f"needs {needed} GiB beside activations and has 79"):
-        stream.check_memory(o)
+        preflight.check_memory(o)

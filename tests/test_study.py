@@ -16,7 +16,7 @@ from lab import gradients, report, stats, study
 from lab.stats import detectable, holm, interval, p_value, quantile
 from lab.study import outcome
 from policy import sample
-from run.options import parse
+from run.arguments import parse
 
 SECONDS = 0.5
 REWARDS = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0)
@@ -203,7 +203,7 @@ OPTIONS = "--signals entropy --weighting late --G 4 --max_new_tokens 8"
 
 
 def late(r, o):
-    return torch.arange(float(r.logp.shape[1])).expand_as(r.logp) * r.group.valid
+    return torch.arange(float(r.logp.shape[1])).expand_as(r.logp) * r.group.completion_mask
 
 
 WEIGHTS["late"] = late
@@ -269,7 +269,7 @@ def test_a_rule_that_has_changed_is_not_taken_for_the_old_one(tmp_path, monkeypa
 def test_an_error_in_a_rules_file_ends_the_study_in_one_line(checkpoint_folder, world, tmp_path,
                                                              monkeypatch):
     file = tmp_path / "late.py"
-    file.write_text(RULE.replace(".expand_as(r.logp) * r.group.valid", ""))
+    file.write_text(RULE.replace(".expand_as(r.logp) * r.group.completion_mask", ""))
     with pytest.raises(SystemExit) as stop:
         run_study(monkeypatch, "--rule", file, "--world", world, "--model", checkpoint_folder,
                   "--out", tmp_path)

@@ -13,7 +13,8 @@ import policy
 from data import Limits, Prompts, read_records, read_video
 from lab import cold_start, toy
 from lab.attribution_table import CLASSES, attribution_table, classes_and_places
-from policy import Group, sample
+from policy import sample
+from rollout import Group
 from rewards import accuracy_reward, extract_answer, format_reward
 
 SAID = ("<think> hmm , let me see . i see a red circle upward . first circle . 2 flashes . "

@@ -6,8 +6,9 @@ The paper trains without a KL.
 
 from torch import Tensor
 
-from attribution import ADVANTAGES, Rollout
-from run.options import Options
+from grpo import ADVANTAGES
+from options import Options
+from rollout import Rollout
 
 OPTIONS = "--signals all --advantage centred --normalize constant --beta 0"
 

@@ -14,9 +14,10 @@ patches of an image. The loss beside it is plain GRPO.
 import torch
 from torch import Tensor, nn
 
-from attribution import PENALTIES, Rollout
-from lab.rules.common import mean_of_rows, scored
-from run.options import Options
+from grpo import PENALTIES
+from lab.rules.common import leave_out_tokens, mean_of_rows, scored
+from options import Options
+from rollout import Rollout
 
 OPTIONS = "--signals all --penalty papo"
 GAMMA, ETA, CAP, MASKED = 0.1, 0.03, 0.2, 0.6
@@ -29,11 +30,11 @@ def perception(logp: Tensor, masked: Tensor) -> Tensor:
 
 
 def papo(r: Rollout, o: Options, model: nn.Module) -> Tensor:
-    keep = torch.rand(int(r.prompt.visual.sum()), generator=r.generator) >= MASKED
+    stays = torch.rand(int(r.prompt.visual.sum()), generator=r.generator) >= MASKED
     logp, entropy = scored(model, r.prompt, r.group)
-    masked_logp, masked_entropy = scored(model, r.prompt.thinned(keep), r.group)
+    masked_logp, masked_entropy = scored(model, leave_out_tokens(r.prompt, stays), r.group)
     term = -GAMMA * perception(logp, masked_logp) + ETA * (entropy + masked_entropy)
-    return mean_of_rows(term, r.borne)
+    return mean_of_rows(term, r.loss_mask)
 
 
 PENALTIES["papo"] = papo

@@ -10,8 +10,9 @@ so the rule is not called ToR.
 import torch
 from torch import Tensor
 
-from attribution import WEIGHTS, Rollout
-from run.options import Options
+from attribution import WEIGHTS
+from options import Options
+from rollout import Rollout
 
 OPTIONS = "--signals visual entropy --weighting per_signal"
 WEIGHT = {"visual": 1.0, "entropy": 0.5}
@@ -27,7 +28,7 @@ def weigh(chosen: dict[str, Tensor], valid: Tensor) -> Tensor:
 
 
 def per_signal(r: Rollout, o: Options) -> Tensor:
-    return weigh(r.chosen, r.group.valid)
+    return weigh(r.top_tokens, r.group.completion_mask)
 
 
 WEIGHTS["per_signal"] = per_signal

@@ -10,8 +10,9 @@ are a completion's or a batch's.
 
 from torch import Tensor
 
-from attribution import WEIGHTS, Rollout
-from run.options import Options
+from attribution import WEIGHTS
+from options import Options
+from rollout import Rollout
 
 OPTIONS = "--signals visual --shift k3 --weighting pgpo"
 THRESHOLD = 0.2
@@ -29,7 +30,7 @@ def grounded(k3: Tensor, valid: Tensor) -> Tensor:
 
 
 def pgpo(r: Rollout, o: Options) -> Tensor:
-    return grounded(r.scores["visual"], r.group.valid)
+    return grounded(r.scores["visual"], r.group.completion_mask)
 
 
 WEIGHTS["pgpo"] = pgpo

@@ -18,28 +18,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablations import scaled
-from attribution import BONUSES, SIGNALS, WEIGHTS, Rollout
-from rewards import extract_answer
-from run.options import Options
+from attribution import SCORES, WEIGHTS
+from lab.rules.common import scaled
+from options import Options
+from rewards import EXTRA_REWARDS, extract_answer
+from rollout import Rollout
 
-OPTIONS = "--signals spread --weighting tw_grpo --bonus several_right --normalize tokens"
+OPTIONS = "--signals spread --weighting tw_grpo --extra_reward several_right --normalize tokens"
 
 
 def spread(r: Rollout, o: Options) -> Tensor:
     """How much the group's predictions differ at a position: (G, T), rows alike."""
     states, head = r.states()
     values = []
-    for h, valid in zip(states.split(16, dim=1), r.group.valid.split(16, dim=1)):
+    for h, mask in zip(states.split(16, dim=1), r.group.completion_mask.split(16, dim=1)):
         logp = F.linear(h, head).float().log_softmax(-1)                # (G, t, V)
-        logp = torch.where(valid[..., None], logp, -math.log(len(head)))
+        logp = torch.where(mask[..., None], logp, -math.log(len(head)))
         d = (logp.mean(0) - logp).clamp(-11, 11)
         values.append((d.exp() - d - 1).sum(-1).mean(0))
     return torch.cat(values).expand_as(r.group.ids)
 
 
 def tw_grpo(r: Rollout, o: Options) -> Tensor:
-    return (1 + 0.7 * scaled(r.scores["spread"], r.group.valid)) * r.group.valid
+    return (1 + 0.7 * scaled(r.scores["spread"], r.group.completion_mask)) * r.group.completion_mask
 
 
 def part_right(text: str, solution: str) -> float:
@@ -48,18 +49,18 @@ def part_right(text: str, solution: str) -> float:
     return len(said) / len(right) if said <= right else 0.0
 
 
-def several_right(rollouts: list[Rollout], o: Options, model: nn.Module, read) -> list[Tensor]:
+def several_right(rollouts: list[Rollout], o: Options, model: nn.Module, texts) -> list[Tensor]:
     """What `part_right` gives beyond the strict accuracy; 0 where one option is right."""
     bonus = [torch.zeros(len(r.group.ids)) for r in rollouts]
     for i, r in enumerate(rollouts):
         solution = r.prompt.record["solution"]
         letters = re.fullmatch(r"[A-Z](\W*[A-Z])+", extract_answer(solution))
         if r.prompt.record["problem_type"] == "multiple choice" and letters:
-            parts = torch.tensor([part_right(text, solution) for text in read(r.group)])
+            parts = torch.tensor([part_right(text, solution) for text in texts(r.group)])
             bonus[i] = parts - r.accuracy
     return bonus
 
 
-SIGNALS["spread"] = spread
+SCORES["spread"] = spread
 WEIGHTS["tw_grpo"] = tw_grpo
-BONUSES["several_right"] = several_right
+EXTRA_REWARDS["several_right"] = several_right

@@ -13,9 +13,10 @@ token alone. Where all S_i are equal, a_i is 1.
 
 from torch import Tensor, nn
 
-from attribution import ADVANTAGES, PENALTIES, Rollout
+from grpo import ADVANTAGES, PENALTIES
 from lab.rules.common import mean_of_rows, scored
-from run.options import Options
+from options import Options
+from rollout import Rollout
 
 OPTIONS = ("--signals visual --shift k3 --ratio 0.4 --pool response --advantage vppo "
            "--penalty entropy")
@@ -32,11 +33,11 @@ def shaping(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def vppo(r: Rollout, o: Options) -> Tensor:
-    return r.advantages * shaping(r.scores["visual"], r.group.valid)
+    return r.advantages * shaping(r.scores["visual"], r.group.completion_mask)
 
 
 def entropy(r: Rollout, o: Options, model: nn.Module) -> Tensor:
-    return PENALTY * mean_of_rows(scored(model, r.prompt, r.group)[1], r.borne)
+    return PENALTY * mean_of_rows(scored(model, r.prompt, r.group)[1], r.loss_mask)
 
 
 ADVANTAGES["vppo"] = vppo

@@ -13,7 +13,8 @@ from engine.packing import Step
 from engine.prepare import prepare, recompute
 from engine.sharded import ShardedAdamW, flatten
 from launch import random_prompt
-from policy import Group, load_processor, sample, score, score_groups
+from policy import load_processor, sample, score, score_groups
+from rollout import Group
 
 GPU = torch.device("cuda")
 

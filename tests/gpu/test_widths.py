@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import plain_inputs
+from conftest import masked, plain_inputs
 
 from engine import blank
 from engine.decoding import vision_tokens
@@ -76,7 +76,7 @@ def test_fp32_equals_transformers(name, plain, prompts):
     for prompt, group in zip(prompts, sample(ours, prompts, 1, T, temperature=0, ends=())):
         with torch.no_grad():
             got, _ = score(ours, prompt, ids)
-            hidden, _ = score(ours, prompt.hidden(), ids)
+            hidden, _ = score(ours, masked(prompt), ids)
         gap = (got - plain_scores(plain, prompt, ids)).abs().max().item()
         print(f"{name}: fp32 scores are at most {gap:.1e} nats from transformers'")
         assert gap < (1e-4 if name == "random:7b/4" else 3e-4)

@@ -10,11 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import ktr  # noqa: E402
-from run.distributed import leave  # noqa: E402
-from run.options import parse  # noqa: E402
+from run import training  # noqa: E402
+from run.arguments import parse  # noqa: E402
+from run.distributed import exit_process  # noqa: E402
 
 
-class Watched(ktr.ShardedAdamW):
+class Watched(training.ShardedAdamW):
     def step(self, *arguments, **more):
         super().step(*arguments, **more)
         if folder := os.environ.get("WATCH"):
@@ -23,7 +24,7 @@ class Watched(ktr.ShardedAdamW):
                 file.write(hashlib.sha256(weights).hexdigest() + "\n")
 
 
-ktr.ShardedAdamW = Watched
+training.ShardedAdamW = Watched
 ktr.accuracy_reward = lambda text, *_: sum(text.encode()) % 97 / 97
 ktr.main(parse())
-leave()
+exit_process()

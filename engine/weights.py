@@ -1,0 +1,105 @@
+"""The weights of a checkpoint: all there and none left over; their number; which are trained."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine import blank
+from engine.families import family_of, read_config
+
+
+def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model of a checkpoint. OSError, in one line, where weights are missing or left
+    over: transformers would fill in random ones and go on."""
+    model, info = family_of(read_config(name)).model.from_pretrained(
+        name, dtype=dtype, output_loading_info=True)
+    compare_weights(name, info["missing_keys"], info["unexpected_keys"])
+    return model
+
+
+def check_weights(name: str) -> None:
+    """OSError, as there, for a checkpoint's folder before anything is loaded: by the names and shapes
+    in its files. Hub names pass."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    there = {}
+    for file in sorted(files):
+        if not (folder / file).is_file():
+            raise OSError(f"{file} is missing")
+        try:
+            with safe_open(folder / file, "pt") as weights:
+                there |= {new_name(key): weights.get_slice(key).get_shape() for key in weights.keys()}
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from None
+    config = read_config(name)
+    with torch.device("meta"):
+        wanted = {key: list(x.shape) for key, x in family_of(config).model(config).state_dict().items()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    compare_weights(name, wanted.keys() - there.keys() - tied,
+                    {key for key in there.keys() - wanted.keys() if not key.endswith("inv_freq")})
+    for key in wanted.keys() & there.keys():
+        if wanted[key] != there[key]:
+            raise OSError(f"{key} has the shape {there[key]}, not {wanted[key]} as config.json says")
+
+
+def new_name(key: str) -> str:
+    """A weight's name in transformers 5, from that or the older one of published checkpoints."""
+    if key.startswith("visual."):
+        return f"model.{key}"
+    if re.match(r"model\.(?!language_model\.|visual\.)", key):
+        return key.replace("model.", "model.language_model.", 1)
+    return key
+
+
+def compare_weights(name: str, missing: set[str], unexpected: set[str]) -> None:
+    """OSError that names the first of each kind, if there are any."""
+    faults = [f"{len(keys)} weights {what}: {', '.join(sorted(keys)[:3])}{' ..' * (len(keys) > 3)}"
+              for keys, what in ((missing, "are missing"), (unexpected, "belong to another model"))
+              if keys]
+    if faults:
+        raise OSError(f"{name}: {'; '.join(faults)}")
+
+
+def weight_count(name: str, frozen: Sequence[str] = ()) -> int:
+    """How many weights the model of this name has beside its frozen parts, from its configuration
+    alone."""
+    if name.startswith("random:"):
+        config = blank.config(name, blank.tokenizer())
+    else:
+        config = read_config(name)
+    with torch.device("meta"):
+        model = family_of(config).model(config)
+    trained = [weights for part, weights in parts_of(model).items() if part not in frozen]
+    return sum(p.numel() for weights in trained for p in weights)
+
+
+def parts_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The weights of the vision tower, of the projector after it, and of the language model."""
+    tower = model.model.visual
+    projector = [p for name, p in tower.named_parameters() if "merger" in name]
+    taken = {id(p) for p in projector}
+    vision = [p for p in tower.parameters() if id(p) not in taken]
+    taken |= {id(p) for p in vision}
+    language = [p for p in model.parameters() if id(p) not in taken]
+    return {"vision": vision, "projector": projector, "language": language}
+
+
+def freeze(model: nn.Module, frozen: Sequence[str]) -> str:
+    """Train all parts but the frozen ones (vision, projector, language); says which, in words."""
+    said = []
+    for name, weights in parts_of(model).items():
+        for p in weights:
+            p.requires_grad_(name not in frozen)
+        size = sum(p.numel() for p in weights) / 1e6
+        said.append(f"{name} {size:,.1f}M{' (frozen)' if name in frozen else ''}")
+    return "trained: " + ", ".join(said)

@@ -1,0 +1,69 @@
+"""What a step knows of one prompt: its group of completions, and all that is found out about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Group:
+    """G completions of one prompt."""
+    ids: Tensor                             # (G, T)
+    completion_mask: Tensor                 # (G, T) bool: up to and with the first end token
+    logp: Tensor | None = None              # (G, T) as sampling saw it, at temperature 1
+    ended: Tensor | None = None             # (G,) bool: an end token came before the limit
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.completion_mask.sum(-1).tolist()
+
+    @cached_property
+    def flat_index(self) -> Tensor:
+        """(n,) where the completions' n tokens lie in the flattened rows. Found once, since the host
+        waits for the GPU to count them."""
+        return self.completion_mask.flatten().nonzero()[:, 0]
+
+
+@dataclass
+class Rollout:
+    """One prompt, its group, and what a step finds out about them, filled in from top to bottom.
+
+    (G, T) fields hold 0 or False at padding. Rewards are on the CPU, the rest is on the policy's
+    device.
+    """
+    prompt: "Prompt"
+    group: Group
+    seed: int                               # of sampling, even; the signals' seed is the next one
+
+    accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
+    format: Tensor | None = None            # (G,) 1 where the completion has the asked-for form
+    extra_reward: Tensor | None = None      # (G,) a rule's (--extra_reward)
+    length_bonus: Tensor | None = None      # (G,) for the length of right answers
+    rewards: Tensor | None = None           # (G,) the sum of these four
+
+    logp: Tensor | None = None              # (G, T) of the sampled tokens under the policy
+    old_logp: Tensor | None = None          # (G, T) the same before the first of --updates
+    entropy: Tensor | None = None           # (G, T) nats
+    ref_logp: Tensor | None = None          # (G, T) under the starting checkpoint; None: beta is 0
+
+    scores: dict[str, Tensor] = field(default_factory=dict)         # signal: (G, T)
+    top_tokens: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T) bool
+    key_mask: Tensor | None = None          # (G, T) bool, or weights >= 0 (--weighting)
+    advantages: Tensor | None = None        # (G,)
+    loss_mask: Tensor | None = None         # (G, T) bool: tokens that bear the loss
+    metrics: dict[str, Tensor] = field(default_factory=dict)        # of the loss, and the loss
+
+    generator: torch.Generator = field(init=False)          # the signals' random numbers: of the
+                                                            # seed alone, on any rank the same
+    states: Callable[..., tuple[Tensor, Tensor]] | None = None      # states(prompt=r.prompt): what
+                                            # predicts the tokens (G, T, D), and the head (V, D)
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + 1)

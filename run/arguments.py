@@ -1,0 +1,91 @@
+"""Options as a user gives them: the command line, a preset, and the OPTIONS of rules' files."""
+
+import difflib
+import importlib.util
+import math
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from options import GONE, LIMITS, PARTS, PRESETS, Options
+
+
+class Parser(HfArgumentParser):
+    """One line for every mistake, with what was probably meant; `where`: the words' origin."""
+    where = ""
+
+    def error(self, message: str):
+        names = [f.name for f in fields(Options)]
+        for word in re.findall(r"--(\w+)", message if "unrecognized" in message else ""):
+            near = difflib.get_close_matches(word, names, n=1)
+            if word in GONE:
+                message += f"; --{word} is gone: {GONE[word]}"
+            elif near:
+                message += f"; did you mean --{near[0]}?"
+        if re.search(r"unrecognized arguments: [\d.]", message):
+            message += "; an option that takes one number got several (--ratio is one for all)"
+        super().error(self.where + message)
+
+
+def load_rule(file: str) -> list[str]:
+    """Run a file, which registers its rules; the words of its OPTIONS. SystemExit without it."""
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise SystemExit(f"error: --rule {file}: no such Python file")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    rule = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(rule)
+    except (SyntaxError, ImportError, NameError, AttributeError) as error:
+        raise SystemExit(f"error: --rule {file}: {type(error).__name__}: {error}") from None
+    return shlex.split(getattr(rule, "OPTIONS", ""))
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line: the preset's values, then the rules', then what is given.
+
+    An unknown option, or a value that is not allowed, ends the program with one line (exit code 2).
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(
+        Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
+        usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
+    if sum(word.split("=")[0] == "--rule" for word in given) > 1:
+        parser.error("--rule stands once and takes several files")
+    words = []
+    for file in parser.parse_known_args(given)[0].rule:
+        own = load_rule(file)
+        parser.where = f"{file}: OPTIONS: "
+        if "--rule" in own:
+            parser.error("a rule cannot name another --rule")
+        parser.parse_args(own)                  # a mistake in them is told with the file's name
+        words += own
+    parser.where = ""
+    words += given
+    parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
+    o = Options(**vars(parser.parse_args(words)))
+    check_values(o, parser)
+    o.videos = o.videos or str(Path(o.data).parent)
+    return o
+
+
+def check_values(o: Options, parser: Parser) -> None:
+    """End the program, in one line, where values are not allowed, alone or together."""
+    for f, minimum, maximum, above in LIMITS:
+        value = getattr(o, f.name)
+        if not (minimum <= value <= maximum and above < value < math.inf):
+            allowed = f"above {above}" if above >= 0 else f"{minimum} or more"
+            allowed += f" and at most {maximum}" if maximum < math.inf else ""
+            parser.error(f"--{f.name} must be {allowed}, not {value}")
+    if any("," in name for name in o.signals):
+        parser.error("--signals are separated by spaces, not by commas")
+    if set(o.freeze) == set(PARTS):
+        parser.error("--freeze leaves nothing to train")
+    if o.length_low > o.length_high:
+        parser.error(f"--length_low {o.length_low} exceeds --length_high {o.length_high}")
+    for name in ("model", "data"):
+        if not getattr(o, name):
+            parser.error(f"--{name} is needed")

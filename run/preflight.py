@@ -1,0 +1,82 @@
+"""What must be there before a run starts: options, files, records, weights, a clip that decodes,
+GPUs with enough memory. All mistakes are told here, in one line each, before anything is loaded."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from data import Prompts, loader, read_records
+from engine.weights import weight_count
+from options import Options
+from policy import load_processor
+from prompt import Prompt
+from run.checkpoint import newest
+from run.logs import lost_records
+from run.rules import check_names
+from run.stream import limits_of
+
+UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
+
+
+def check_start(o: Options) -> tuple[list[dict], set[int]]:
+    """The well-formed records and the indices of those to leave out; SystemExit, in one line, if
+    something is missing: files, records, weights, a clip that decodes, GPUs."""
+    def fail(message: object):
+        raise SystemExit(f"error: {message}")
+
+    check_names(o)
+    here, gpus, out = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count(), o.out
+    if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
+        fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
+    if o.resume == "never" and (Path(out) / "log.jsonl").exists():
+        fail(f"--out {out} holds a run already; choose another folder or --resume auto")
+    try:
+        records, malformed = read_records(o.data)
+        usable = {record["row"] for record in read_records(o.data, o.leave_out or None)[0]}
+    except (ValueError, OSError) as error:
+        fail(error)
+    try:
+        processor = load_processor(o.model)
+    except (ValueError, OSError, AttributeError, KeyError) as error:    # another architecture
+        fail(f"--model {o.model}: no checkpoint to start from: "
+             f"{str(error).strip().splitlines()[0]}")
+    check_memory(o)
+    rows = len(records) + len(malformed)
+    if len(malformed) > UNUSABLE * rows and not o.leave_out:    # then the list has been seen
+        fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
+             f"{malformed[0]}")
+
+    lost = lost_records(Path(out)) if newest(Path(out)) else {}
+    left_out = {i for i, record in enumerate(records) if record["row"] not in usable}
+    trial = [i for i, record in enumerate(records)
+             if i not in left_out and record["row"] not in lost][:3]
+    data = Prompts(records, o.videos, processor, limits_of(o))
+    tried = list(loader(data, trial, workers=min(1, o.workers)))
+    if not any(isinstance(item, Prompt) for item in tried):
+        reason = tried[0].reason if tried else "all are left out"
+        fail(f"{o.data}: the first records cannot be used: {reason}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in malformed:
+            print(f"left out: {line}")
+    return records, left_out
+
+
+def check_memory(o: Options) -> None:
+    """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight: 2, 2 of the
+    reference (bf16); and unless it is frozen 2 of gradient, 12/N of N processes' optimizer."""
+    if not torch.cuda.is_available():
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
+    world = int(os.environ.get("WORLD_SIZE", here))             # torchrun's; train.sh checks before
+    weights, trained = weight_count(o.model), weight_count(o.model, o.freeze)
+    each = torch.finfo(getattr(torch, o.dtype)).bits // 8
+    lasting = weights * each * (2 if o.beta > 0 else 1)
+    state = 0 if o.offload else 12 * min(trained, weights / world)      # of the fullest shard
+    needed = (lasting + trained * each + state) / 2 ** 30
+    there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    if needed > 0.9 * there:                                    # the rest is for activations
+        raise SystemExit(
+            f"error: each GPU needs {needed:.0f} GiB beside activations and has {there:.0f}; take "
+            f"more GPUs, or --offload ({12 * trained / 1e9:.0f} GB go to the host's memory), or "
+            f"--beta 0")

@@ -1,0 +1,192 @@
+"""A run under way: what lasts through it, how it begins, and what is done between its steps."""
+
+import json
+import math
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from attribution import RuleError
+from engine.prepare import recompute
+from engine.sharded import ShardedAdamW
+from engine.weights import freeze
+from options import MAY_CHANGE, Options
+from policy import load, score_groups
+from prompt import Processor, Prompt
+from rollout import Group, Rollout
+from run import checkpoint
+from run.distributed import all_reduce_sum, distributed, wait_for_nccl
+from run.logs import Clock, Log, reporter, rewind, sample_of
+from run.preflight import UNUSABLE
+from run.stream import Stream
+
+PATIENCE = 5            # steps in a row that may be skipped because the gradient is not finite
+
+
+class Scorer(nn.Module):
+    """What DDP wraps: the policy's scoring. Without prompts it is 0 times every trained weight, so
+    that a rank whose records cannot be used still takes part in the same collectives."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompts: list[Prompt], groups: list[Group]):
+        if not prompts:
+            return sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
+        return score_groups(self.model, prompts, groups)
+
+
+def across_ranks(scorer: nn.Module, optimizer: ShardedAdamW, device: torch.device) -> nn.Module:
+    """The scorer in DDP, which averages gradients over the ranks and keeps them in its buckets."""
+    torch._dynamo.config.optimize_ddp = False               # layers are compiled one by one
+    ids = [device.index] if device.type == "cuda" else None
+    scorer = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True,
+                                     broadcast_buffers=False)
+    # DDP makes its buckets anew at the second forward, and keeps the old ones while gradients or
+    # NCCL hold them: two empty passes that let go of both, or gradients would be held twice
+    for _ in range(2):
+        scorer.zero_grad()
+        scorer([], []).backward()
+        wait_for_nccl(device)
+    optimizer.zero_grad()
+    return scorer
+
+
+@dataclass
+class Training:
+    """What lasts through a run."""
+    o: Options
+    rank: int
+    ranks: int
+    device: torch.device
+    model: nn.Module                        # the policy
+    processor: Processor
+    optimizer: ShardedAdamW
+    scorer: nn.Module                       # of the policy; in DDP if there are several ranks
+    reference: nn.Module | None             # the starting checkpoint; None: beta is 0
+    state: dict                             # what a checkpoint keeps beside the weights
+    log: Log
+    stream: Stream
+    preemption: checkpoint.Preemption
+    watched: tuple[Prompt, int] | None      # (prompt, seed), looked at through the whole run
+
+    @contextmanager
+    def naming(self, step: int):
+        """An error inside says on which rank, in which step and with which records it happened; one
+        in a rule's output is told in one line."""
+        try:
+            yield
+        except RuleError as error:
+            raise SystemExit(f"error: {error}") from None
+        except Exception as error:
+            names = ", ".join(str(record["problem_id"]) for record in self.stream.records_of(step))
+            error.add_note(f"on rank {self.rank} in step {step + 1}, with the records {names}")
+            raise
+
+    def averaging(self, last: bool):
+        """Gradients are averaged over the ranks in the last backward pass of a step."""
+        return nullcontext() if last or self.ranks == 1 else self.scorer.no_sync()
+
+    def end_step(self, sums: dict[str, float], norm: float, lr: float, clock: Clock) -> bool:
+        """Count and log a step; whether the run stops here, the same on every rank."""
+        state, step = self.state, self.state["step"]
+        state["step"], state["place"] = step + 1, self.stream.place_after(step)
+        state["skipped"] += self.stream.all_ranks_prompts - int(sums["prompts"])
+        state["not_finite"] = 0 if math.isfinite(norm) else state["not_finite"] + 1
+        more = {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}
+        self.log.step(step + 1, self.stream.steps, sums, more, clock)
+        return self.preemption.step_ended(clock.total, sums["leaving"])
+
+    def samples_due(self) -> bool:
+        every = self.o.sample_every or max(1, self.stream.steps // 100)
+        return self.rank == 0 and self.state["step"] % every == 0
+
+    def log_samples(self, rollouts: list[Rollout], watched: Rollout | None) -> None:
+        for r in [*rollouts, *([watched] if watched else [])]:
+            self.log.append("samples.jsonl", sample_of(
+                r, self.state["step"], self.processor.tokenizer, watched=r is watched))
+
+    def save_when_due(self, stopping: bool) -> None:
+        """A checkpoint when it is due; SystemExit where the run must end: a signal asked for it, the
+        model has broken, or the data is not what it should be."""
+        o, out, done, steps = self.o, Path(self.o.out), self.state["step"], self.stream.steps
+        if self.state["not_finite"] >= PATIENCE:
+            raise SystemExit(f"error: the gradient was not finite in {PATIENCE} steps in a row; "
+                             f"lower --lr, or look at {out / 'samples.jsonl'}")
+        seen, skipped = done * self.stream.all_ranks_prompts, self.state["skipped"]
+        if skipped > UNUSABLE * max(seen, 100):
+            raise SystemExit(f"error: {skipped} of {seen} records could not be used, named in "
+                             f"{out}/skipped.*.jsonl; `python data.py check {o.data} --videos "
+                             f"{o.videos}` lists them all for --leave_out")
+        if o.save_every and (done % o.save_every == 0 or done == steps or stopping):
+            self.preemption.saving = True
+            checkpoint.save(out, self.model, self.processor, self.optimizer, self.state, o)
+            self.preemption.saving = False
+        if stopping and done < steps:
+            if self.rank == 0:
+                saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
+                print(f"SIGTERM: left after step {done} of {steps}, {saved}; start again with "
+                      f"--resume auto to continue")
+            raise SystemExit(143)
+
+    def end(self) -> None:
+        """The run is done: OUT/final points to its last checkpoint."""
+        self.preemption.heard.set()
+        if self.rank == 0 and self.o.save_every:
+            final = checkpoint.point_to_newest(Path(self.o.out))
+            print(f"done: {self.stream.steps} steps; the model is in {final}, the log in "
+                  f"{self.o.out}/log.jsonl")
+
+
+def made_by(o: Options, ranks: int, records: list[dict]) -> dict:
+    """What a run that goes on must have in common with its beginning."""
+    options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
+    made = {**options, "processes": ranks, "records": len(records)}
+    texts = [sha256(Path(file).read_bytes()).hexdigest()[:8] for file in o.rule]
+    return made | ({"text of rules": texts} if texts else {})
+
+
+def start_training(o: Options, records: list[dict], left_out: set[int]) -> Training:
+    """Load the policy, its optimizer and its reference; continue from the newest checkpoint, if
+    there is one."""
+    preemption = checkpoint.Preemption()
+    rank, ranks, device = distributed()
+    out = Path(o.out)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out, rank, reporter(o, out) if rank == 0 else None)
+    resumed = checkpoint.newest(out)
+    model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
+    trained = freeze(model, o.freeze)
+    if o.checkpointing:
+        recompute(model)
+    model.train()
+    optimizer = ShardedAdamW(model, o.lr, o.weight_decay, offload=o.offload)
+    reference = None
+    if o.beta > 0:
+        reference, _ = load(o.model, device, model.dtype, seed=1)
+        reference.requires_grad_(False)
+    scorer: nn.Module = Scorer(model)
+    if ranks > 1:
+        scorer = across_ranks(scorer, optimizer, device)
+
+    made = made_by(o, ranks, records)
+    state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "made_by": made}
+    if resumed:
+        state = checkpoint.load_state(resumed, optimizer, made)
+        trained += f"; continuing from {resumed}"
+    if rank == 0:
+        print(trained)
+        checkpoint.sweep(out)
+        rewind(out, state["step"])
+        (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
+    all_reduce_sum({"ranks": 1}, device)    # none writes before that is done
+    stream = Stream(o, records, left_out, processor, log, rank, ranks, state)
+    watched = stream.watched(left_out, processor) if rank == 0 else None
+    return Training(o, rank, ranks, device, model, processor, optimizer, scorer, reference, state,
+                    log, stream, preemption, watched)
