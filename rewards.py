@@ -13,15 +13,19 @@ from string import ascii_uppercase
 import torch
 from torch import Tensor
 
-ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+SEAM = re.compile(r"</think>\s*<answer>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def answers(text: str) -> list[str]:
+    """What stands in each `<answer>..</answer>`, stripped."""
+    blocks = text.split("</answer>")[:-1]               # the pattern <answer>\s*(.*?)\s* is cubic
+    return [block.split("<answer>", 1)[1].strip() for block in blocks if "<answer>" in block]
 
 
 def extract_answer(text: str) -> str:
     """The text of the first `<answer>..</answer>` (Video-R1: also inside the reasoning), or ""."""
-    match = ANSWER.search(text)
-    return match.group(1).strip() if match else ""
+    return (answers(text) or [""])[0]
 
 
 def parse_number(text: str) -> float:
@@ -40,8 +44,16 @@ def same_number(answer: str, truth: str) -> bool:
 
 def word_accuracy(answer: str, truth: str) -> float:
     """1 - word error rate, at least 0: Levenshtein distance over the number of words in `truth`."""
-    from nltk import edit_distance                          # slow to import, seldom needed
-    return max(0.0, 1 - edit_distance(truth.split(), answer.split()) / max(1, len(truth.split())))
+    said, right = answer.split(), truth.split()
+    if len(said) >= 2 * max(1, len(right)):             # each word too many is an error
+        return 0.0
+    errors = list(range(len(right) + 1))                # of nothing said, against the first j words
+    for word in said:
+        diagonal, errors[0] = errors[0], errors[0] + 1
+        for j, wanted in enumerate(right, 1):
+            best = min(errors[j] + 1, errors[j - 1] + 1, diagonal + (word != wanted))
+            diagonal, errors[j] = errors[j], best
+    return max(0.0, 1 - errors[-1] / max(1, len(right)))
 
 
 def rouge(answer: str, truth: str) -> float:
@@ -77,10 +89,10 @@ def format_reward(completion: str, pattern: str = "strict") -> float:
     block of each; released: the authors' pattern, which lets further blocks pass."""
     if pattern not in ("strict", "released"):
         raise ValueError(f"unknown format pattern {pattern!r}; known: strict, released")
-    if FORMAT.fullmatch(completion) is None:
-        return 0.0
+    whole = completion.startswith("<think>") and completion.endswith("</answer>")
     single = all(completion.count(tag) == 1 for tag in TAGS)
-    return float(single or pattern == "released")
+    seam = SEAM.search(completion)
+    return float(whole and seam is not None and (single or pattern == "released"))
 
 
 def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 512,
@@ -94,8 +106,8 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
 
 
 # --------------------------------------------------------------------------------- evaluation only
-BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([^{}]*?)\s*\}")
-NAMED = r"(?i:\s+is)?\s*:?\s*\W*([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])"       # never the article
+BOXED = re.compile(r"\\boxed\{(?:\s*\\text\{)?([^{}]*)\}")
+NAMED = r"(?i:\s+is)?\W*([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])"       # never the article
 CHOSEN = [re.compile(pattern) for pattern in (
     r"(?i:answer|option is|choice is)" + NAMED,                 # the answer is B   Answer: (B)
     r"^\W*([A-Za-z])(?:\W*$|[)\].:](?!\w\.)|\s+-\s)",           # B  (b)  B. its text  B - its text
@@ -106,7 +118,7 @@ NUMBER = re.compile(r"(?<![\w^])(?<!\^-)[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=
 def final_words(output: str) -> str:
     """What a lenient reader takes as the answer: the last block, or what follows the reasoning; of
     that what is boxed, if anything is."""
-    blocks = ANSWER.findall(output) or output.split("</think>")
+    blocks = answers(output) or output.split("</think>")
     return (BOXED.findall(blocks[-1]) or blocks)[-1].strip()
 
 

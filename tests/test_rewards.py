@@ -1,6 +1,14 @@
+import re
+import signal
+from contextlib import contextmanager, suppress
+from random import Random
+
 import pytest
 import torch
 
+from data import BadRecord, check_record, read_json
+from lab.rules import tw_grpo
+from prompt import question_text
 from rewards import (accuracy_reward, extract_answer, format_reward, grade, length_bonus,
                      lenient_choice, lenient_number, relative_accuracy, word_accuracy)
 
@@ -94,6 +102,79 @@ def test_length_bonus():
     assert (lone == 0).all()                                    # only one is correct
     graded = length_bonus(torch.tensor([0.6, 0.05, 0.3]), torch.tensor([400, 400, 100]))
     assert graded.tolist() == pytest.approx([0.2, 0, 0])
+
+
+# ------------------------------------------------------------------------------------------- time
+LONG = 20000
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", *" \n\t\xa0()[]{}.,:;-+*^%/", "\\boxed{",
+          "\\text{", "The answer is", "option", "choice is", *"AIbz'_019", "1,234", "A, ", "A. "]
+
+
+@contextmanager
+def cpu_limit(seconds):
+    """Raises in whatever takes longer, a pattern too: they look for signals."""
+    def stop(*a):
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def parse_all(text, folder):
+    """Every parser that a text of a model, or of a record, comes to."""
+    def limited(parser, *a, seconds=0.1):
+        with cpu_limit(seconds):
+            return parser(*a)
+
+    path, asked = folder / "a.json", "<answer>A, C</answer>"
+    path.write_text(text)
+    record = {"problem": text, "problem_type": "multiple choice", "options": [text, "b"],
+              "solution": tagged(text), "path": "a", "data_type": "image", "row": 0}
+    for completion in (text, tagged(text)):
+        for pattern in ("strict", "released"):
+            limited(format_reward, completion, pattern)
+        for kind in ("multiple choice", "numerical", "OCR", "regression"):
+            limited(accuracy_reward, completion, asked, kind)
+            limited(grade, completion, asked, kind, [text, "b"])
+        limited(accuracy_reward, completion, asked, "free-form", seconds=1)     # stems each word
+    limited(question_text, record)
+    limited(tw_grpo.part_right, text, asked)
+    limited(tw_grpo.SEVERAL.fullmatch, text)
+    for parser, *given in ((check_record, record, 0), (read_json, path)):
+        with suppress(BadRecord):
+            limited(parser, *given)
+
+
+def test_a_pattern_can_be_stopped():
+    with pytest.raises(TimeoutError), cpu_limit(0.1):
+        re.search(r"<answer>\s*(.*?)\s*</answer>", "<answer>" + "\n" * 3000, re.DOTALL)
+
+
+@pytest.mark.parametrize("head, unit", [
+    ("<answer>", "\n"), ("\\boxed{", " "), ("\\boxed{\\text{", " "), ("The answer is", " "),
+    ("The answer is", " ("), ("", "<answer>"), ("<think>", "</think>"), ("<think>", "</think> "),
+    ("", "\\boxed{"), ("B", " "), ("A", "  A")])
+def test_a_long_text_takes_no_time(head, unit, tmp_path):
+    text = head + unit * (LONG // len(unit))
+    for tail in ("", "9", "</answer>"):
+        parse_all(text + tail, tmp_path)
+
+
+def test_no_mixture_takes_time(tmp_path):
+    """A few pieces, then one to three others again and again, then a few; or all in any order."""
+    rng = Random(0)
+    for i in range(60):
+        head, unit, tail = (rng.choices(PIECES, k=rng.randint(1, 3)) for _ in range(3))
+        if i % 4 == 0:
+            unit = rng.choices(PIECES, k=LONG)
+        middle = "".join(unit)
+        text = "".join(head) + middle * (LONG // len(middle)) + "".join(tail)
+        parse_all(text[:LONG] + "".join(tail), tmp_path)
 
 
 OPTIONS = ["A. Cats sleep", "B. Dogs run", "C. Fish swim", "D. a"]

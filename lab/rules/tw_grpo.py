@@ -23,6 +23,7 @@ from attribution import BONUSES, SIGNALS, WEIGHTS, Rollout
 from rewards import extract_answer
 from run.options import Options
 
+SEVERAL = re.compile(r"[A-Z](\W*[A-Z])+")
 OPTIONS = "--signals spread --weighting tw_grpo --bonus several_right --normalize tokens"
 
 
@@ -53,7 +54,7 @@ def several_right(rollouts: list[Rollout], o: Options, model: nn.Module, read) -
     bonus = [torch.zeros(len(r.group.ids)) for r in rollouts]
     for i, r in enumerate(rollouts):
         solution = r.prompt.record["solution"]
-        letters = re.fullmatch(r"[A-Z](\W*[A-Z])+", extract_answer(solution))
+        letters = SEVERAL.fullmatch(extract_answer(solution))
         if r.prompt.record["problem_type"] == "multiple choice" and letters:
             parts = torch.tensor([part_right(text, solution) for text in read(r.group)])
             bonus[i] = parts - r.accuracy
