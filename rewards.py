@@ -66,6 +66,8 @@ def rouge(answer: str, truth: str) -> float:
 def closeness(answer: str, truth: str) -> float:
     """1 - relative error, at least 0."""
     a, b = parse_number(answer), parse_number(truth)
+    if a == b:                                              # 0 and 0 too: 1e-9 / 1e-9 would be 1
+        return 1.0
     error = (abs(a - b) + 1e-9) / (abs(b) + 1e-9)
     return 1.0 - error if error < 1 else 0.0                # also where it is NaN
 
