@@ -13,7 +13,7 @@ from random import Random
 
 import torch
 
-from data import Limits, Prompts, Skipped, loader, read_records
+from data import Limits, Prompts, Skipped, loader, read_records, useless
 from policy import load_processor, weight_count
 from prompt import Processor, Prompt
 from run.checkpoint import newest
@@ -63,6 +63,10 @@ def preflight(o: Options) -> tuple[list[dict], set[int]]:
     if int(os.environ.get("RANK", 0)) == 0:
         for line in malformed:
             print(f"left out: {line}")
+        vain = [why for r in records if r["row"] in usable and (why := useless(r))]
+        if vain:
+            print(f"nothing can be learnt from {len(vain)} of {rows} records, the first: {vain[0]} "
+                  f"(`python data.py check` lists them for --leave_out)")
     return records, left_out
 
 
