@@ -2,13 +2,12 @@
 
 R = accuracy + format + length bonus. The rules are those of Video-R1's reward functions (its
 grpo.py), because the cold-start checkpoint and the paper's scores were made with them. Strings in,
-floats out; the evaluator shares this file, and its lenient parser stands at the end.
+floats out. Benchmarks are scored by the same rules, and by lenient ones (grading.py).
 """
 
 import math
 import operator
 import re
-from string import ascii_uppercase
 
 import torch
 from torch import Tensor
@@ -105,69 +104,3 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
     correct = accuracy > 0.1
     earned = correct & (lengths >= low) & (lengths <= high) & (correct.sum() > 1)
     return bonus * earned.to(torch.float32)
-
-
-# --------------------------------------------------------------------------------- evaluation only
-BOXED = re.compile(r"\\boxed\{(?:\s*\\text\{)?([^{}]*)\}")
-NAMED = r"(?i:\s+is)?\W*([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])"       # never the article
-CHOSEN = [re.compile(pattern) for pattern in (
-    r"(?i:answer|option is|choice is)" + NAMED,                 # the answer is B   Answer: (B)
-    r"^\W*([A-Za-z])(?:\W*$|[)\].:](?!\w\.)|\s+-\s)",           # B  (b)  B. its text  B - its text
-    r"(?i:option|choice)" + NAMED)]                             # option B
-NUMBER = re.compile(r"(?<![\w^])(?<!\^-)[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")
-
-
-def final_words(output: str) -> str:
-    """What a lenient reader takes as the answer: the last block, or what follows the reasoning; of
-    that what is boxed, if anything is."""
-    blocks = answers(output) or output.split("</think>")
-    return (BOXED.findall(blocks[-1]) or blocks)[-1].strip()
-
-
-def plain(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" .*\"'")
-
-
-def by_letter(options: list[str]) -> dict[str, str]:
-    """{letter: text} of options with or without letters: "two", "B. two" or "(B) two" at B."""
-    return {letter: re.sub(rf"^\s*\(?{letter}\s*[.):]\s*", "", option)
-            for letter, option in zip(ascii_uppercase, options)}
-
-
-def lenient_choice(output: str, options: list[str]) -> str:
-    """The letter that an output chooses, or "": by the first of CHOSEN that it holds, the last of
-    several, or by being the text of exactly one option."""
-    text, texts = final_words(output), by_letter(options)
-    for pattern in CHOSEN:
-        letters = pattern.findall(text)
-        if letters:
-            letter = letters[-1].upper()
-            return letter if letter in texts or not options else ""
-    same = [letter for letter, option in texts.items() if plain(option) == plain(text)]
-    return same[0] if len(same) == 1 else ""
-
-
-def lenient_number(output: str) -> str:
-    """The one number of the answer, without units and separators; "" if none or several."""
-    values = {float(number.replace(",", "")) for number in NUMBER.findall(final_words(output))}
-    return str(values.pop()) if len(values) == 1 else ""
-
-
-def relative_accuracy(answer: str, truth: str) -> float:
-    """VSI-Bench's: the share of t = 0.50, 0.55 .. 0.95 that 1 - relative error exceeds."""
-    return sum(closeness(answer, truth) > percent / 100 for percent in range(50, 100, 5)) / 10
-
-
-def grade(output: str, solution: str, problem_type: str,
-          options: list[str]) -> tuple[float, float, bool]:
-    """(strict, lenient, parsed) score of one output. Strict is Video-R1's evaluation: the first
-    `<answer>`, or the whole output if there is none, by the rules of training, except that
-    `relative_accuracy` grades regression. Lenient reads what a person would."""
-    truth = extract_answer(solution) or solution.strip()
-    said, read, right = extract_answer(output) or output.strip(), final_words(output), truth
-    if problem_type == "multiple choice":
-        read = lenient_choice(output, options)
-    elif problem_type in ("numerical", "regression"):
-        read, right = lenient_number(output), lenient_number(truth)
-    score = relative_accuracy if problem_type == "regression" else ACCURACY[problem_type]
-    return float(score(said, truth)), float(score(read, right)), read != ""
