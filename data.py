@@ -3,11 +3,12 @@
 Records have Video-R1's form (one JSON list, or one object a line). One that cannot be used, or
 whose decoder crashes or hangs, is never replaced by another: it becomes `Skipped`, with a reason.
 
-    python data.py check DATA.json --videos DIR     report the records that cannot be used
+    python data.py check DATA.json --videos DIR     report what cannot be used, or teaches nothing
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -21,11 +22,14 @@ from PIL import Image  # decord does not read still images
 from tqdm import tqdm
 
 from engine.workers import loader
-from prompt import BadRecord, Processor, Prompt, Vision, fit, name_of, one_line
-from rewards import ACCURACY, extract_answer
+from prompt import (BadRecord, Processor, Prompt, Vision, by_letter, fit, name_of, one_line,
+                    question_text)
+from rewards import ACCURACY, extract_answer, parse_number
 
 FIELDS = {"problem_id": str | int, "problem": str, "solution": str, "path": str, "options": list}
 KNOWN = {"data_type": ("video", "image"), "problem_type": tuple(ACCURACY)}
+NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?([eE][-+]?\d+)?")
+CONTROL = re.compile(r"<\|\w+\|>")           # how special tokens look
 FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # the release's
 DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
     MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
@@ -87,22 +91,43 @@ def fault_of(record: dict) -> str | None:
         return "a text with half a character (a lone surrogate), or lists nested too deep"
 
 
+def useless(record: dict) -> str | None:
+    """Why training learns nothing from a record that can be read: its question holds what looks
+    like a special token, or no answer in the form that is asked for is right, so that its group
+    never differs. (From "A, B" a rule that gives part credit learns all the same.)"""
+    value, kind, fault = extract_answer(record["solution"]), record["problem_type"], None
+    letters, control = list(by_letter(record["options"])), CONTROL.search(question_text(record))
+    number = NUMBER.fullmatch(value) and math.isfinite(parse_number(value))
+    if control:
+        fault, value = "the question holds a control token", control[0]
+    elif kind == "multiple choice" and value not in letters:
+        fault = f"the truth is not one letter from A to {letters[-1]}"
+    elif kind in ("numerical", "regression") and not number:
+        fault = "the truth is not one number"
+    elif kind == "free-form" and not re.search("[a-z0-9]", value.lower()):
+        fault = "the truth has no Latin letter or digit, and ROUGE counts no others"
+    return fault and f"{name_of(record)}: {fault}: {one_line(repr(value), 80)}"
+
+
 def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple[list, list[str]]:
-    """The usable records of a file but those with a path that `data.py check` listed in leave_out,
-    and a line for each malformed one. BadRecord where a file is not JSON, or holds no rows."""
+    """The usable records of a file, and a line for each malformed one. Left out are those that
+    `data.py check` listed in leave_out: all of a path or, where it names the row, this one.
+    BadRecord where a file is not JSON, or holds no rows."""
     rows, listed = read_json(path), read_json(leave_out) if leave_out else []
     if not rows:
         raise BadRecord(f"{path}: holds no records")
     if not all(isinstance(item, dict) and "path" in item for item in listed):
         raise BadRecord(f"{leave_out}: not a list written by `python data.py check`")
-    unreadable = {str(item["path"]) for item in listed}
+    listed = {(str(item.get("row")), str(item["path"])) for item in listed}
     records, wrong = [], []
     for index, row in enumerate(rows):
         try:
-            records.append(check_record(row, index))
+            record = check_record(row, index)
+            if listed.isdisjoint({("None", record["path"]), (str(index), record["path"])}):
+                records.append(record)
         except BadRecord as error:
             wrong.append(str(error))
-    return [record for record in records if record["path"] not in unreadable], wrong
+    return records, wrong
 
 
 def frame_indices(total: int, fps: float, max_frames=16, sample_fps=2.0) -> list[int]:
@@ -235,14 +260,21 @@ def main() -> int:
     records, malformed = read_records(a.data)
     bad = [{"path": None, "reason": reason} for reason in malformed]
     found = loader(Prompts(records, a.videos, None), range(len(records)), a.workers)
-    for skipped in tqdm(found, total=len(records), unit="clip"):
-        if skipped:
-            bad.append({"path": skipped.record["path"], "reason": skipped.reason})
+    for skipped, record in zip(tqdm(found, total=len(records), unit="clip"), records):
+        reason = useless(record)
+        if skipped:                                     # as are all others of this path
+            bad.append({"path": record["path"], "reason": skipped.reason})
+        elif reason:
+            bad.append({"path": record["path"], "row": record["row"], "reason": reason})
     out = Path(a.data).with_suffix(".bad.json")
-    out.write_text(json.dumps(bad, indent=1))
+    try:
+        out.write_text(json.dumps(bad, indent=1))
+        where = f"{out} lists them (python ktr.py ... --leave_out {out})"
+    except OSError as error:
+        where = f"their list cannot be written, {error}; check a copy of {a.data} elsewhere"
     print(*[item["reason"] for item in bad], sep="\n")
-    print(f"{len(bad)} of {len(records) + len(malformed)} records cannot be used; {out} lists them "
-          f"(python ktr.py ... --leave_out {out})")
+    rows = len(records) + len(malformed)
+    print(f"{len(bad)} of {rows} records cannot be used, or teach nothing", where, sep="\n")
     return 1 if bad else 0
 
 

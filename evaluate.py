@@ -8,7 +8,7 @@
 
 `--protocol` is a known way of measuring: benchmarks.json holds them, and the published figures.
 Answers go to OUT/predictions.jsonl as they are made, below a line with the settings; starting again
-continues, with any number of processes, and refuses other settings. `rewards.grade` defines the
+continues, with any number of processes, and refuses other settings. `grading.grade` defines the
 strict and the lenient score. Answers of other programs in Video-R1's form are scored as well.
 """
 
@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from data import KNOWN, Limits, Prompts, Skipped, check_record, load_media, read_json
 from engine.workers import loader
+from grading import grade
 from policy import load, load_processor, sample
-from prompt import QUESTION_EVAL, BadRecord, Prompt, name_of, question_text
-from rewards import by_letter, extract_answer, grade
+from prompt import QUESTION_EVAL, BadRecord, Prompt, by_letter, name_of, question_text
+from rewards import extract_answer
 from run.distributed import distributed, exit_process
 
 FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
@@ -280,6 +281,12 @@ def report(settings: dict, rows: list[dict]) -> dict:
         print(f"{name:40} {s['n']:5d} answers: strict {s['strict']:6.1%} "
               f"({low:6.1%} to {high:6.1%}), lenient {s['lenient']:6.1%}, "
               f"{s['unparsed']} unparsed; {s['unreadable']} unreadable")
+    split = benchmark.get("mean_of")            # the benchmark's custom
+    types = [s for name, s in table.items() if name.startswith(f"{split}: ") and s["n"]]
+    if len(types) > 1:
+        strict, lenient = (sum(s[k] for s in types) / len(types) for k in ("strict", "lenient"))
+        table["all"]["mean of types"] = [strict, lenient]
+        print(f"mean of the {len(types)} types' means: strict {strict:.1%}, lenient {lenient:.1%}")
     letter, share = table["all"]["always"]
     print(f"always answering {letter}: {share:.1%} of the multiple choice questions")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -54,6 +55,15 @@ def name_of(record: dict) -> str:
     return f"record {one_line(record.get('problem_id', '?'), 80)} (row {record.get('row', '?')})"
 
 
+def by_letter(options: list[str]) -> dict[str, str]:
+    """{letter: the option's text}. Options have letters if every one begins with its own: "B. x",
+    "b) x", "(B) x", "B: x"; "B.C. 20" does not. Else all of an option is text."""
+    heads = [re.match(rf"(?i)\s*\(?{letter}\s*[.):](?!\w\.)\s*", option)
+             for letter, option in zip(ascii_uppercase, options)]
+    cuts = [head.end() if all(heads) else 0 for head in heads]
+    return {letter: option[n:] for letter, option, n in zip(ascii_uppercase, options, cuts)}
+
+
 def question_text(record: dict, template: str = QUESTION_TRAIN) -> str:
     """The user's words (Video-R1's QUESTION_TEMPLATE and TYPE_TEMPLATE). Options without letters
     get them, because the answer is a letter by position."""
@@ -64,9 +74,9 @@ def question_text(record: dict, template: str = QUESTION_TRAIN) -> str:
         if question.rstrip().endswith("Options:"):
             question = question.rstrip().removesuffix("Options:")
         question += "Options:\n"
-        for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", record["options"]):
-            lettered = re.match(rf"\s*\(?{letter}\s*[.):]", option)
-            question += option + "\n" if lettered else f"{letter}. {option}\n"
+        texts = by_letter(record["options"])
+        for (letter, text), option in zip(texts.items(), record["options"]):
+            question += f"{letter}. {text}\n" if text == option else f"{option}\n"
     return template.replace("{Question}", question) + TYPE[record["problem_type"]]
 
 
@@ -197,6 +207,8 @@ class Processor:
         self.tokenizer, self.preprocessor = tokenizer, preprocessor
         self.ends = end_tokens(tokenizer, config, generation)
         self.media_ids = {"video": config.video_token_id, "image": config.image_token_id}
+        added = tokenizer.added_tokens_decoder.values()
+        self.control = [token.content for token in added if token.special]
         size = preprocessor.get("size") or {}
         least = preprocessor.get("min_pixels") or size.get("shortest_edge") or Vision.min_pixels
         vision = config.vision_config
@@ -233,7 +245,7 @@ class Processor:
     def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float,
                max_prompt: int = 16384, text_after: str = "clip") -> Prompt:
         """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart. BadRecord if the prompt
-        exceeds max_prompt tokens (it is never cut), or its question holds a token of an image."""
+        exceeds max_prompt tokens (it is never cut), or its question holds a special token."""
         v, media = self.vision, self.media_ids[record["data_type"]]
         words = {"type": "text", "text": question_text(record)}
         messages = [{"role": "user", "content": [{"type": record["data_type"]}, words]}]
@@ -245,6 +257,9 @@ class Processor:
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
         if torch.isin(ids, torch.tensor(list(self.media_ids.values()))).sum() != runs:
             raise BadRecord(f"{name_of(record)}: the question holds an image or video token")
+        for token in self.control:                      # it would end the turn, or open another
+            if token in words["text"]:
+                raise BadRecord(f"{name_of(record)}: the question holds the control token {token}")
         count = torch.ones_like(ids)
         count[ids == media] = math.prod(grid) // v.merge ** 2 // runs
         ids = ids.repeat_interleave(count)

@@ -2,27 +2,30 @@
 
 R = accuracy + format + length bonus. The rules are those of Video-R1's reward functions (its
 grpo.py), because the cold-start checkpoint and the paper's scores were made with them. Strings in,
-floats out; the evaluator shares this file, and its lenient parser stands at the end.
+floats out. Benchmarks are scored by the same rules, and by lenient ones (grading.py).
 """
 
 import math
 import operator
 import re
 from collections.abc import Callable
-from string import ascii_uppercase
 
 import torch
 from torch import Tensor
 
-ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+SEAM = re.compile(r"</think>\s*<answer>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def answers(text: str) -> list[str]:
+    """What stands in each `<answer>..</answer>`, stripped."""
+    blocks = text.split("</answer>")[:-1]               # the pattern <answer>\s*(.*?)\s* is cubic
+    return [block.split("<answer>", 1)[1].strip() for block in blocks if "<answer>" in block]
 
 
 def extract_answer(text: str) -> str:
     """The text of the first `<answer>..</answer>` (Video-R1: also inside the reasoning), or ""."""
-    match = ANSWER.search(text)
-    return match.group(1).strip() if match else ""
+    return (answers(text) or [""])[0]
 
 
 def parse_number(text: str) -> float:
@@ -41,8 +44,16 @@ def same_number(answer: str, truth: str) -> bool:
 
 def word_accuracy(answer: str, truth: str) -> float:
     """1 - word error rate, at least 0: Levenshtein distance over the number of words in `truth`."""
-    from nltk import edit_distance                          # slow to import, seldom needed
-    return max(0.0, 1 - edit_distance(truth.split(), answer.split()) / max(1, len(truth.split())))
+    said, right = answer.split(), truth.split()
+    if len(said) >= 2 * max(1, len(right)):             # each word too many is an error
+        return 0.0
+    errors = list(range(len(right) + 1))                # of nothing said, against the first j words
+    for word in said:
+        diagonal, errors[0] = errors[0], errors[0] + 1
+        for j, wanted in enumerate(right, 1):
+            best = min(errors[j] + 1, errors[j - 1] + 1, diagonal + (word != wanted))
+            diagonal, errors[j] = errors[j], best
+    return max(0.0, 1 - errors[-1] / max(1, len(right)))
 
 
 def rouge(answer: str, truth: str) -> float:
@@ -55,6 +66,8 @@ def rouge(answer: str, truth: str) -> float:
 def closeness(answer: str, truth: str) -> float:
     """1 - relative error, at least 0."""
     a, b = parse_number(answer), parse_number(truth)
+    if a == b:                                              # 0 and 0 too: 1e-9 / 1e-9 would be 1
+        return 1.0
     error = (abs(a - b) + 1e-9) / (abs(b) + 1e-9)
     return 1.0 - error if error < 1 else 0.0                # also where it is NaN
 
@@ -78,10 +91,10 @@ def format_reward(completion: str, pattern: str = "strict") -> float:
     block of each; released: the authors' pattern, which lets further blocks pass."""
     if pattern not in ("strict", "released"):
         raise ValueError(f"unknown format pattern {pattern!r}; known: strict, released")
-    if FORMAT.fullmatch(completion) is None:
-        return 0.0
+    whole = completion.startswith("<think>") and completion.endswith("</answer>")
     single = all(completion.count(tag) == 1 for tag in TAGS)
-    return float(single or pattern == "released")
+    seam = SEAM.search(completion)
+    return float(whole and seam is not None and (single or pattern == "released"))
 
 
 def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 512,
@@ -97,69 +110,3 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
 # a rule's: (rollouts, o, model, texts(group) -> list) -> a reward (G,) for each rollout, on the CPU
 EXTRA_REWARDS: dict[str, Callable] = {
     "none": lambda rollouts, o, model, texts: [torch.zeros_like(r.accuracy) for r in rollouts]}
-
-
-# --------------------------------------------------------------------------------- evaluation only
-BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([^{}]*?)\s*\}")
-NAMED = r"(?i:\s+is)?\s*:?\s*\W*([B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'])"       # never the article
-CHOSEN = [re.compile(pattern) for pattern in (
-    r"(?i:answer|option is|choice is)" + NAMED,                 # the answer is B   Answer: (B)
-    r"^\W*([A-Za-z])(?:\W*$|[)\].:](?!\w\.)|\s+-\s)",           # B  (b)  B. its text  B - its text
-    r"(?i:option|choice)" + NAMED)]                             # option B
-NUMBER = re.compile(r"(?<![\w^])(?<!\^-)[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?")
-
-
-def final_words(output: str) -> str:
-    """What a lenient reader takes as the answer: the last block, or what follows the reasoning; of
-    that what is boxed, if anything is."""
-    blocks = ANSWER.findall(output) or output.split("</think>")
-    return (BOXED.findall(blocks[-1]) or blocks)[-1].strip()
-
-
-def plain(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" .*\"'")
-
-
-def by_letter(options: list[str]) -> dict[str, str]:
-    """{letter: text} of options with or without letters: "two", "B. two" or "(B) two" at B."""
-    return {letter: re.sub(rf"^\s*\(?{letter}\s*[.):]\s*", "", option)
-            for letter, option in zip(ascii_uppercase, options)}
-
-
-def lenient_choice(output: str, options: list[str]) -> str:
-    """The letter that an output chooses, or "": by the first of CHOSEN that it holds, the last of
-    several, or by being the text of exactly one option."""
-    text, texts = final_words(output), by_letter(options)
-    for pattern in CHOSEN:
-        letters = pattern.findall(text)
-        if letters:
-            letter = letters[-1].upper()
-            return letter if letter in texts or not options else ""
-    same = [letter for letter, option in texts.items() if plain(option) == plain(text)]
-    return same[0] if len(same) == 1 else ""
-
-
-def lenient_number(output: str) -> str:
-    """The one number of the answer, without units and separators; "" if none or several."""
-    values = {float(number.replace(",", "")) for number in NUMBER.findall(final_words(output))}
-    return str(values.pop()) if len(values) == 1 else ""
-
-
-def relative_accuracy(answer: str, truth: str) -> float:
-    """VSI-Bench's: the share of t = 0.50, 0.55 .. 0.95 that 1 - relative error exceeds."""
-    return sum(closeness(answer, truth) > percent / 100 for percent in range(50, 100, 5)) / 10
-
-
-def grade(output: str, solution: str, problem_type: str,
-          options: list[str]) -> tuple[float, float, bool]:
-    """(strict, lenient, parsed) score of one output. Strict is Video-R1's evaluation: the first
-    `<answer>`, or the whole output if there is none, by the rules of training, except that
-    `relative_accuracy` grades regression. Lenient reads what a person would."""
-    truth = extract_answer(solution) or solution.strip()
-    said, read, right = extract_answer(output) or output.strip(), final_words(output), truth
-    if problem_type == "multiple choice":
-        read = lenient_choice(output, options)
-    elif problem_type in ("numerical", "regression"):
-        read, right = lenient_number(output), lenient_number(truth)
-    score = relative_accuracy if problem_type == "regression" else ACCURACY[problem_type]
-    return float(score(said, truth)), float(score(read, right)), read != ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import Prompts, loader, read_records
+from data import Prompts, loader, read_records, useless
 from engine.weights import weight_count
 from options import Options
 from policy import load_processor
@@ -59,6 +59,10 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
     if int(os.environ.get("RANK", 0)) == 0:
         for line in malformed:
             print(f"left out: {line}")
+        vain = [why for r in records if r["row"] in usable and (why := useless(r))]
+        if vain:
+            print(f"nothing can be learnt from {len(vain)} of {rows} records, the first: {vain[0]} "
+                  f"(`python data.py check` lists them for --leave_out)")
     return records, left_out
 
 

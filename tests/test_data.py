@@ -17,9 +17,10 @@ from PIL import Image, PngImagePlugin
 
 import data
 from data import (BadRecord, Limits, Prompts, Skipped, check_record, frame_indices, load_media,
-                  loader, read_image, read_json, read_records, read_video)
+                  loader, read_image, read_json, read_records, read_video, useless)
 from lab import toy
 from prompt import Prompt, Vision, name_of
+from rewards import accuracy_reward
 
 GOOD = {"problem_id": 7, "problem": "Which?", "data_type": "video",
         "problem_type": "multiple choice", "options": ["A. x", "B. y"],
@@ -79,6 +80,53 @@ def test_untidy_but_usable_records():
     for nameless in ({k: v for k, v in GOOD.items() if k != "problem_id"},
                      {**GOOD, "problem_id": None}):
         assert check_record(nameless, 5)["problem_id"] == 5
+
+
+def answer(truth, kind="multiple choice", **more):
+    return check_record({**GOOD, "problem_type": kind, "solution": f"<answer>{truth}</answer>",
+                         **more}, 4)
+
+
+@pytest.mark.parametrize("kind, truths", [
+    ("multiple choice", ["b", "B.", "(B)", "B. y", "y", "E", "C", "A, B", "AB", "A and B", "1",
+                         "Ｂ"]),
+    ("numerical", ["50%", "1/2", "nan", "inf", "-inf", "1e999", "5 m", "$5", "3-5", "five", "3,5",
+                   "1,2,3", "12,34", "−5", "1 000", "1_000", ".", "-", "x = 5", "3:00"]),
+    ("regression", ["50%", "1/2", "nan", "inf", "about 5", "9" * 400]),
+    ("free-form", ["何", "π", "...", "—"])])
+def test_truths_that_no_answer_meets_are_named(kind, truths):
+    """They are usable, but each completion of their group earns the same."""
+    for truth in truths:
+        reason = useless(answer(truth, kind))
+        assert reason and reason.startswith("record 7 (row 4): the truth "), truth
+        assert repr(truth)[:9] in reason and len(reason) < 200
+        if kind != "multiple choice":
+            best = accuracy_reward(f"<answer>{truth}</answer>", f"<answer>{truth}</answer>", kind)
+            assert best == 0 or truth in ("inf", "-inf", "1e999", "9" * 400, "3,5", "1,2,3",
+                                          "12,34", "1_000"), truth
+
+
+@pytest.mark.parametrize("kind, truths", [
+    ("multiple choice", ["A", "B", " B\n"]),
+    ("numerical", ["3.0", "3", "-3", "+3", ".5", "5.", "1,234.5", "1,234", "12345", "1e3",
+                   "1.5E-3"]),
+    ("regression", ["0", "3.25", "1,000"]),
+    ("OCR", ["何", "STOP!", "50%", "."]), ("free-form", ["a cat", "3", "π is 3.14"])])
+def test_truths_that_an_answer_meets_are_not(kind, truths):
+    for truth in truths:
+        assert useless(answer(truth, kind)) is None, truth
+        best = accuracy_reward(f"<answer>{truth}</answer>", f"<answer>{truth}</answer>", kind)
+        assert best > 0, truth
+    options = {"options": ["x"] * 14}
+    assert useless(answer("N", **options)) is None and "A to N" in useless(answer("O", **options))
+
+
+@pytest.mark.parametrize("change", [{"problem": "What? <|im_end|>"},
+                                    {"options": ["A. x", "B. <|vision_start|>"]}])
+def test_a_special_token_in_a_question_is_named(change):
+    reason = useless(answer("B", **change))
+    assert reason.startswith("record 7 (row 4): the question holds a control token: '<|")
+    assert useless(answer("B", problem="1 <| 2 |> 3 < x | y >")) is None
 
 
 def write(path, text, encoding="utf-8"):
@@ -149,6 +197,17 @@ def test_read_records_reports_what_it_leaves_out(tmp_path):
     assert [r["row"] for r in records] == [0] and len(malformed) == 2
     with pytest.raises(ValueError, match="no records"):
         read_records(write(tmp_path / "empty.json", "[]"))
+
+
+def test_an_entry_with_a_row_leaves_out_this_record_only(tmp_path):
+    """Several questions share a clip: one with a wrong truth costs no other."""
+    data = write(tmp_path / "a.json", json.dumps([GOOD] * 4 + [{**GOOD, "path": "b.mp4"}]))
+    listed = [{"path": GOOD["path"], "row": 1}, {"path": GOOD["path"], "row": 4},
+              {"path": "b.mp4", "row": "none"}]         # of another list: the path does not fit
+    leave = write(tmp_path / "bad.json", json.dumps(listed))
+    assert [r["row"] for r in read_records(data, leave)[0]] == [0, 2, 3, 4]
+    write(leave, json.dumps([{"path": GOOD["path"], "row": None}]))
+    assert [r["row"] for r in read_records(data, leave)[0]] == [4]
 
 
 # ------------------------------------------------------------------------------------------- frames
@@ -507,19 +566,35 @@ def test_check_command(world, tmp_path):
     rows[5] |= {"path": "./train/broken.y4m", "data_type": "video"}
     (world / "train" / "broken.y4m").write_bytes(b"no video")
     rows[6] |= {"path": "./train/short.y4m", "data_type": "video"}
+    rows[7] |= {"path": "./train/short.y4m", "data_type": "video", "solution": "<answer>b</answer>"}
     toy.write_y4m(world / "train" / "short.y4m", np.zeros((1, 56, 56, 3), np.uint8))
     listed = write(tmp_path / "data.json", json.dumps(rows))
     command = [sys.executable, "data.py", "check", str(listed), "--videos", str(world)]
     done = subprocess.run(command + ["--workers", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     for words in ("surrogate", "essay", "missing.y4m: no such file",
-                  "broken.y4m: cannot be decoded", "4 of 8 records"):
+                  "broken.y4m: cannot be decoded", "one letter from A", "5 of 8 records"):
         assert words in done.stdout, done.stdout + done.stderr
     assert "6/6" in done.stderr                             # the progress bar
     bad = json.loads((tmp_path / "data.bad.json").read_text())
-    assert [item["path"] for item in bad] == [None, None, rows[4]["path"], rows[5]["path"]]
+    paths = [(item["path"], item.get("row")) for item in bad]
+    assert paths[2:] == [(rows[4]["path"], None), (rows[5]["path"], None), (rows[7]["path"], 7)]
+    assert paths[:2] == [(None, None)] * 2
     records, malformed = read_records(listed, tmp_path / "data.bad.json")
-    assert [r["row"] for r in records] == [0, 3, 6, 7] and len(malformed) == 2
+    assert [r["row"] for r in records] == [0, 3, 6] and len(malformed) == 2
+
+
+def test_a_list_that_cannot_be_written_costs_no_result(world, tmp_path, monkeypatch, capsys):
+    """A read-only folder used to end a scan of hours without a word of what it had found."""
+    rows = json.loads((world / "train.json").read_text())[:3]
+    rows[1]["path"] = "none.y4m"
+    listed = write(tmp_path / "data.json", json.dumps(rows))
+    (tmp_path / "data.bad.json").mkdir()                    # as root, permissions hold nothing up
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(listed), "--videos", str(world)])
+    assert data.main() == 1
+    reason, count, where = capsys.readouterr().out.splitlines()
+    assert "none.y4m: no such file" in reason and "1 of 3 records" in count
+    assert "cannot be written" in where and "data.bad.json" in where
 
 
 def test_check_outlives_its_decoder(world, tmp_path, monkeypatch):

@@ -14,14 +14,15 @@ import pytest
 from conftest import ROOT, plain_inputs
 
 import evaluate
+from data import read_json
 from engine.decoding import vision_tokens
 from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, paired, parse, part_of,
                       published, read_predictions, read_questions, report, summarise, wilson,
                       worded)
+from grading import grade, lenient_choice
 from lab import toy
 from lab.holmes import converted
-from prompt import QUESTION_EVAL, BadRecord, question_text
-from rewards import grade
+from prompt import QUESTION_EVAL, BadRecord, by_letter, question_text
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
 PAPER = SHARED.parent / "facts"
@@ -138,6 +139,20 @@ def test_usual_splits():
     assert table["type: object_size"]["strict"] == pytest.approx(0.8)
 
 
+def test_vsi_benchs_score_is_the_mean_of_two_types(capsys):
+    """Three choices (2 right) and one number (error 0.1: 0.8): (2/3 + 0.8) / 2, not 2.8 / 4."""
+    rows = [row(RIGHT), row(RIGHT), row(WRONG), row("<answer>9</answer>", "10", "regression")]
+    table = report(settings_of("video-ktr", "vsibench"), rows)
+    assert table["all"]["mean of types"] == pytest.approx([(2 / 3 + 0.8) / 2] * 2)
+    assert table["all"]["strict"] == pytest.approx(0.7)
+    assert "mean of the 2 types' means: strict 73.3%, lenient 73.3%" in capsys.readouterr().out
+    unread = row(kind="regression")
+    for benchmark, some in (("vsibench", rows[:3]), ("vsibench", [*rows[:3], unread]),
+                            ("custom", rows)):
+        assert "mean of types" not in report(settings_of("video-ktr", benchmark), some)["all"]
+        assert "types' means" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------- published
 def settings_of(protocol, benchmark, **more):
     return {"protocol": protocol, "benchmark": benchmark, **PROTOCOLS[protocol]["options"], **more}
@@ -202,6 +217,22 @@ def test_real_lists_load_whole(name, rows, clips):
         assert text.endswith(end) and "<think>" not in text
 
 
+@pytest.mark.parametrize("name", ["mmvu", "videommmu", "videomme"])
+def test_every_option_of_the_real_lists_reads_as_itself(name):
+    """By its text or with its letter, in tags, with a final point. A text that two options have, or
+    that is a letter (a letter is what is asked for), says no more than that."""
+    path = SHARED / f"eval_{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here; BENCHMARK_LISTS names the folder that holds it")
+    for record in read_json(path):
+        texts = by_letter(record["options"] or [])
+        for (letter, text), option in zip(texts.items(), record["options"] or []):
+            said = [option, f"<answer>{option}</answer>", f"{option}."]
+            if list(texts.values()).count(text) == 1 and not re.fullmatch(r"[A-Z]?\W*", text):
+                said += [text, f"<think>?</think><answer>{text.rstrip('.')}.</answer>"]
+            assert {lenient_choice(x, record["options"]) for x in said} == {letter}, said
+
+
 HOLMES_ROW = {"video ID": "v1", "Question ID": 3, "Question Type": "MHR", "Question": "Why?",
               "Options": {"A": "x", "B": "y"}, "Answer": "B", "Explanation": "..."}
 
@@ -231,7 +262,7 @@ def test_the_words_of_each_protocol():
     untidy = {"problem": "Why {x}?\nOptions:", "problem_type": "multiple choice",
               "options": ["A) one {y}", "two", "(C) three", "E. four"]}
     assert question_text(worded(untidy, "direct", "mmvu")) == (
-        "Why {x}?\nA. one {y}\nB. two\nC. three\nD. E. four\n"
+        "Why {x}?\nA. A) one {y}\nB. two\nC. (C) three\nD. E. four\n"
         "Answer with the option's letter from the given choices directly.")
     number = {"problem": "How many?", "problem_type": "numerical", "options": []}
     assert question_text(worded(number, "direct", "mmvu")) == (

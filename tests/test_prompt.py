@@ -11,8 +11,8 @@ from conftest import ROOT, as_in_transformers_5, masked, plain_inputs
 import data
 from lab import toy
 from lab.rules.common import leave_out_tokens
-from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, fit, one_line, patches,
-                    question_text, rope_positions, target_size)
+from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, by_letter, fit,
+                    one_line, patches, question_text, rope_positions, target_size)
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "processor.npz")
 
@@ -143,12 +143,25 @@ def test_protocol_strings():
     assert "Options" not in question_text(record(problem_type="numerical", options=[]))
 
 
-@pytest.mark.parametrize("options", [["x", "y"], ["A) x", "B) y"], ["A. x", "B. y"],
-                                     ["(A) x", "(B) y"]])
-def test_untidy_options(options):
+@pytest.mark.parametrize("options", [
+    ["A) x", "B) y"], ["A. x", "B. y"], ["(A) x", "(B) y"], ["A: x", "B: y"], ["A.x", " B .  y"],
+    ["a) x", "b) y"], ["(a) x", "(b) y"], ["a. x", "B: y"], ["A. ", "B. y"]])
+def test_options_with_letters_get_no_second_one(options):
     text = question_text(record(options=options))
-    letters = ["A. x", "B. y"] if options == ["x", "y"] else options    # where there are none
-    assert "Options:\n" + "\n".join(letters) + "\n" in text
+    assert "Options:\n" + "\n".join(options) + "\n\n" in text
+    assert by_letter(options) == {"A": "x" if "x" in options[0] else "", "B": "y"}
+
+
+@pytest.mark.parametrize("options", [
+    ["x", "y"], ["A.D. 500", "500 B.C.", "1000"], ["A.D. 500", "B.C. 20"], ["A. x", "y"],
+    ["x", "B. y"], ["B. x", "A. y"], ["a.m.", "b.p.m."], ["A man", "Band"], ["(c)(a)", "(b)(a)"],
+    ["1. x", "2. y"], ["C. elegans", "B. subtilis"]])
+def test_the_list_decides_whether_options_have_letters(options):
+    """Only where each begins with its own; else nothing of a text is taken for one."""
+    text = question_text(record(options=options))
+    shown = [f"{letter}. {option}" for letter, option in zip("ABC", options)]
+    assert "Options:\n" + "\n".join(shown) + "\n\n" in text
+    assert by_letter(options) == dict(zip("ABC", options))
 
 
 def test_a_problem_that_ends_in_options():
@@ -175,6 +188,16 @@ def test_the_chat_template_surrounds_the_clip(tiny, prompts):
 def test_a_question_with_a_video_token_is_refused(tiny, prompts):
     bad = {**prompts[0].record, "problem": "what is <|video_pad|> ?", "problem_id": 77}
     with pytest.raises(BadRecord, match="77"):
+        tiny[1].prompt(bad, prompts[0].frames, 0.5)
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|vision_start|>", "<|endoftext|>", "<unk>"])
+@pytest.mark.parametrize("where", ["problem", "options", "whole_prompt"])
+def test_a_question_with_a_special_token_is_refused(tiny, prompts, token, where):
+    text = f"what{token}is it ?"
+    value = [text, "b"] if where == "options" else text
+    bad = {**prompts[0].record, "problem_id": 77, where: value}
+    with pytest.raises(BadRecord, match=f"record 77 .*control token {re.escape(token)}"):
         tiny[1].prompt(bad, prompts[0].frames, 0.5)
 
 

@@ -46,6 +46,25 @@ def test_records_left_out_later_never_come_again(o):
         assert len(rest) == 2 + 7 and steps == 3 + 9 // 2
 
 
+def test_records_that_teach_nothing_are_counted_before_a_run(checkpoint_folder, world, tmp_path,
+                                                             capsys):
+    """They do not stop it: a rule that gives part credit learns from several right letters."""
+    rows = json.loads((world / "train.json").read_text())[:6]
+    for i in (1, 4):
+        rows[i]["solution"] = "<answer>A, B</answer>"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    o = Options(model=str(checkpoint_folder), data=str(tmp_path / "data.json"), videos=str(world),
+                out=str(tmp_path / "out"), workers=0)
+    assert stream.preflight(o)[1] == set()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("nothing can be learnt from 2 of 6 records, the first: record ")
+    assert "(row 1): the truth is not one letter" in line and "--leave_out" in line
+    o.leave_out = str(tmp_path / "bad.json")
+    listed = [{"path": rows[i]["path"], "row": i} for i in (1, 4)]
+    (tmp_path / "bad.json").write_text(json.dumps(listed))
+    assert stream.preflight(o)[1] == {1, 4} and not capsys.readouterr().out
+
+
 def test_too_few_records_for_a_step():
     with pytest.raises(SystemExit, match="2 records are too few for one step of 3 prompts"):
         plan(Options(), 4, {0, 1}, prompts=3, first_step=0, first_place=0)

@@ -24,6 +24,7 @@ from options import Options
 from rewards import EXTRA_REWARDS, extract_answer
 from rollout import Rollout
 
+SEVERAL = re.compile(r"[A-Z](\W*[A-Z])+")
 OPTIONS = "--signals spread --weighting tw_grpo --extra_reward several_right --normalize tokens"
 
 
@@ -54,7 +55,7 @@ def several_right(rollouts: list[Rollout], o: Options, model: nn.Module, texts) 
     bonus = [torch.zeros(len(r.group.ids)) for r in rollouts]
     for i, r in enumerate(rollouts):
         solution = r.prompt.record["solution"]
-        letters = re.fullmatch(r"[A-Z](\W*[A-Z])+", extract_answer(solution))
+        letters = SEVERAL.fullmatch(extract_answer(solution))
         if r.prompt.record["problem_type"] == "multiple choice" and letters:
             parts = torch.tensor([part_right(text, solution) for text in texts(r.group)])
             bonus[i] = parts - r.accuracy
