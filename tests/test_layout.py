@@ -11,7 +11,7 @@ WIDEST = 100
 ORDER = [                   # each line may import those above it, and its own
     {"engine", "grpo", "rewards", "options", "rollout"},
     {"prompt"},
-    {"data"},
+    {"data", "grading"},
     {"policy", "attribution"},
     {"run"},
     {"ktr", "evaluate"},
