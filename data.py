@@ -34,7 +34,8 @@ FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # th
 DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
     MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
     Image.DecompressionBombError)
-Skipped = namedtuple("Skipped", "record reason")        # stands where a Prompt would
+# stands where a Prompt would; lost: its decoding process died or hung
+Skipped = namedtuple("Skipped", "record reason lost", defaults=[False])
 
 
 def read_json(path: str | Path) -> list:
@@ -246,7 +247,7 @@ class Prompts:
     def lost(self, index: int, reason: str) -> Skipped:
         """What stands for a record whose decoding process died or hung."""
         record = self.records[index]
-        return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}")
+        return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}", True)
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ from grading import grade
 from policy import load, load_processor, sample
 from prompt import QUESTION_EVAL, BadRecord, Prompt, by_letter, name_of, question_text
 from rewards import extract_answer
-from run.distributed import distributed, exit_process
+from run.distributed import distributed, run_program
 
 FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
 PROTOCOLS, BENCHMARKS = FACTS["protocols"], FACTS["benchmarks"]
@@ -180,10 +180,34 @@ def gradable(row: dict) -> bool:
     return row["problem_type"] in KNOWN["problem_type"] and all(isinstance(t, str) for t in texts)
 
 
+def predictions_in(path: str | Path) -> Path:
+    """The file of predictions that a folder of `--out` holds, or that is named itself."""
+    return Path(path, "predictions.jsonl") if Path(path).is_dir() else Path(path)
+
+
+def whole_lines(path: Path) -> list:
+    """The lines of a file that are JSON; says how many are not."""
+    rows, lines = [], [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    print(f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are torn and left out; their "
+          "questions are asked again where the run is continued")
+    return rows
+
+
 def read_predictions(path: str | Path) -> tuple[dict, list[dict]]:
     """(settings, rows with "grade") of a file that `run` wrote, or of others' in Video-R1's form,
     which do not say their settings ({}). BadRecord where there is nothing to grade."""
-    rows, settings, latest = read_json(path), {}, {}
+    path = predictions_in(path)
+    try:
+        rows, settings, latest = read_json(path), {}, {}
+    except BadRecord as error:                  # a line that two writers or a kill have torn
+        rows, settings, latest = whole_lines(path), {}, {}
+        if not (rows and isinstance(rows[0], dict) and "settings" in rows[0]):
+            raise error from None
     if rows and isinstance(rows[0], dict) and "settings" in rows[0]:
         settings = rows.pop(0)["settings"]
     elif not rows:
@@ -352,8 +376,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--batch", type=int, default=32, help="questions decoded together")
     add("--workers", type=int, default=4, help="decoding processes per rank")
-    add("--rescore", metavar="FILE", help="score these predictions; no model needed")
-    add("--compare", nargs=2, metavar=("A", "B"), help="difference of two predictions files")
+    add("--rescore", metavar="FILE", help="score these predictions again; no model needed")
+    add("--compare", nargs=2, metavar=("A", "B"),
+        help="difference of two runs' predictions: their folders or files")
     add("--video", help="answer one --question about this clip or image")
     add("--question")
     a = parser.parse_args(arguments)
@@ -362,9 +387,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             if getattr(a, name) is not None:
                 parser.error(f"--{name} is what the file says")
         return a
-    asked = a.question if a.video else a.data and a.benchmark
-    if not (a.model and asked):
-        parser.error("--model is needed, and --data and --benchmark, or --video and --question")
+    needed = ("model", "video", "question") if a.video or a.question else (
+        "model", "data", "benchmark")
+    missing = [f"--{name}" for name in needed if not getattr(a, name)]
+    if missing:
+        parser.error(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed"
+                     + " (or --video and --question)" * (len(missing) == 3))
     a.protocol = a.protocol or "video-ktr"
     for name, value in PROTOCOLS[a.protocol]["options"].items():
         if getattr(a, name) is None:
@@ -391,9 +419,12 @@ def main(a: argparse.Namespace) -> dict | None:
     return one_question(a) if a.video else run(a)
 
 
-if __name__ == "__main__":
+def program() -> None:
     try:
         main(parse())
     except (BadRecord, OSError) as error:       # of the files that were named
         raise SystemExit(f"error: {error}") from None
-    exit_process()
+
+
+if __name__ == "__main__":
+    run_program(program)

@@ -32,7 +32,7 @@ from prompt import Processor, Prompt
 from rewards import EXTRA_REWARDS, accuracy_reward, format_reward, length_bonus
 from rollout import Group, Rollout
 from run.arguments import parse
-from run.distributed import all_reduce_sum, exit_process
+from run.distributed import all_reduce_sum, run_program
 from run.logs import Clock, metric_sums
 from run.preflight import check_start
 from run.training import Training, start_training
@@ -75,17 +75,28 @@ def completion_texts(processor: Processor, group: Group) -> list[str]:
 
 def add_rewards(o: Options, r: Rollout, counted: Tensor) -> None:
     """Length bonus and rewards (G,), where a completion is as long as its tokens in `counted`
-    (G, T)."""
+    (G, T); and which tokens bear the loss."""
     r.length_bonus = length_bonus(r.accuracy, counted.sum(-1).cpu(), o.length_low, o.length_high,
                                   o.length_bonus)
     r.rewards = r.accuracy + r.format + r.length_bonus + r.extra_reward
+    r.loss_mask = loss_mask(o, r)
+
+
+def loss_mask(o: Options, r: Rollout) -> Tensor:
+    """(G, T) bool: the tokens that bear the loss: none of a group that --filter drops, none of a
+    completion that was cut under --mask_cut."""
+    mask, values = r.group.completion_mask, r.rewards if o.filter == "reward" else r.accuracy
+    if o.mask_cut:
+        mask = mask & r.group.ended[:, None]
+    dropped = o.filter != "none" and bool((values == values[0]).all())
+    return torch.zeros_like(mask) if dropped else mask
 
 
 # ----------------------------------------------------------------------------------------- annotate
 def annotate(o: Options, rollouts: list[Rollout], model: nn.Module, reference: nn.Module | None,
              clock: Clock) -> None:
-    """All that a rollout is told once: the reference's log-probabilities, the key mask,
-    advantages (eq. 1), and which tokens bear the loss."""
+    """All that a rollout is told once: the reference's log-probabilities, the key mask, and the
+    advantages (eq. 1)."""
     prompts, groups = [r.prompt for r in rollouts], [r.group for r in rollouts]
     if reference is not None:
         with torch.no_grad():
@@ -98,10 +109,9 @@ def annotate(o: Options, rollouts: list[Rollout], model: nn.Module, reference: n
 
     for r in rollouts:
         r.old_logp = r.logp.detach()
-        if o.length_of == "selected":
+        if o.length_of == "selected":                   # the release's mistake
             add_rewards(o, r, r.key_mask)
         r.advantages = group_advantages(r.rewards).to(r.logp.device)
-        r.loss_mask = loss_mask(o, r)
 
 
 def find_key_tokens(o: Options, rollouts: list[Rollout], model: nn.Module) -> None:
@@ -116,16 +126,6 @@ def find_key_tokens(o: Options, rollouts: list[Rollout], model: nn.Module) -> No
         for r in rollouts:
             r.states = partial(states, r)
         attribute(rollouts, o, score)
-
-
-def loss_mask(o: Options, r: Rollout) -> Tensor:
-    """(G, T) bool: the tokens that bear the loss: none of a group that --filter drops, none of a
-    completion that was cut under --mask_cut."""
-    mask, values = r.group.completion_mask, r.rewards if o.filter == "reward" else r.accuracy
-    if o.mask_cut:
-        mask = mask & r.group.ended[:, None]
-    dropped = o.filter != "none" and bool((values == values[0]).all())
-    return torch.zeros_like(mask) if dropped else mask
 
 
 # -------------------------------------------------------------------------------------------- learn
@@ -165,10 +165,11 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
 
 def loss_divisor(o: Options, rollouts: list[Rollout], ranks: int,
                  device: torch.device) -> float | None:
-    """What divides the sum over a group's tokens: under --normalize tokens, all ranks' tokens of the
-    step over its prompts; under constant, what G completions of the longest length would have."""
+    """What divides the sum over a group's tokens: under --normalize tokens, the tokens of the step
+    that bear the loss, on all ranks, over its prompts; under constant, what G completions of the
+    longest length would have."""
     if o.normalize == "tokens":
-        tokens = all_reduce_sum({"tokens": sum(sum(r.group.lengths) for r in rollouts)}, device)
+        tokens = all_reduce_sum({"tokens": sum(float(r.loss_mask.sum()) for r in rollouts)}, device)
         return max(1.0, tokens["tokens"]) / (o.prompts_per_step * ranks)
     return o.G * o.max_new_tokens if o.normalize == "constant" else None
 
@@ -187,7 +188,7 @@ def watched_rollout(o: Options, t: Training) -> Rollout:
     (r,) = sample_rollouts(o, t.model, t.processor, [t.watched])
     with evaluating(t.model):
         ((r.logp, r.entropy),) = score_groups(t.model, [r.prompt], [r.group])
-    annotate(o, [r], t.model, None, Clock(t.device))
+    annotate(o, [r], t.model, t.reference, Clock(t.device))
     return r
 
 
@@ -228,5 +229,4 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(parse())
-    exit_process()
+    run_program(lambda: main(parse()))

@@ -3,7 +3,7 @@
 # on two cores.
 # bash test.sh --gpu [...]     the tests that need a GPU (tests/gpu), under nine minutes on one
 set -euo pipefail
-cd "$(dirname "$0")"
+HERE=$(cd "$(dirname "$0")" && pwd); cd "$HERE"
 . run/env.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "${1:-}" = --gpu ]; then

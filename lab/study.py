@@ -250,12 +250,14 @@ def main() -> None:
     add("--jobs", type=int, default=0, help="runs at once (default: one per core)")
     add("--minutes", type=float, default=0, help="stop by then, with what is finished")
     add("--world", default="runs/study_world", help="made, with 1200 test questions, if missing")
-    add("--model", default="cold_start")
+    add("--model", default=str(ROOT / "cold_start"))
     add("--out", default="runs/study")
     add("--controls", nargs="+", default=["GRPO", "random 45%"], help="rules to compare with")
     add("--table", type=Path, help="print the tables of this study.json instead")
     add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
     a = parser.parse_args()
+    a.out, a.world = (str(Path(path).resolve()) for path in (a.out, a.world))
+    a.model = str(Path(a.model).resolve()) if Path(a.model).is_dir() else a.model
     if a.table:
         return print_tables(json.loads(a.table.read_text())["runs"], a.controls)
     if a.seeds is None:

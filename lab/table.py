@@ -250,7 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     a.frames = a.frames or ([4, 8] if a.toy else [16, 32, 64])
     if a.toy:
         a.data, a.benchmarks, a.more = a.out / "world", ["toy"], TOY + a.more
-        own = [ROOT / "cold_start", ROOT / "runs" / "toy"]
+        own = [ROOT / "cold_start", Path("runs/toy")]
         a.models = a.models or [str(x) for x in own if x == own[0] or (x / "final").exists()]
         os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if not a.models:

@@ -86,6 +86,9 @@ def check_values(o: Options, parser: Parser) -> None:
         parser.error("--freeze leaves nothing to train")
     if o.length_low > o.length_high:
         parser.error(f"--length_low {o.length_low} exceeds --length_high {o.length_high}")
+    if (o.filter, o.length_of, o.normalize) == ("reward", "selected", "tokens"):
+        parser.error("--filter reward with --length_of selected is known too late for --normalize "
+                     "tokens")
     for name in ("model", "data"):
         if not getattr(o, name):
             parser.error(f"--{name} is needed")

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, and SIGTERM.
+"""Checkpoints that are complete or not there, and signals that ask for one.
 
 A checkpoint is a folder in the Hugging Face layout (`from_pretrained` loads it) with a model card
 and, under training_state/, one file per rank. It is written aside as NAME.part and renamed when
@@ -8,6 +8,7 @@ checkpoint is whole.
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from run.distributed import all_reduce_sum
 from options import Options
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
 CARD = """---
 base_model: {model}
 library_name: transformers
@@ -40,7 +42,9 @@ Trained with GRPO on key tokens (Video-KTR, arXiv 2601.19686), with these option
 
 def all_of(out: Path) -> list[Path]:
     """The complete checkpoints in a run's folder, oldest first."""
-    return sorted(p for p in out.glob("checkpoint-*") if p.is_dir() and p.suffix != ".part")
+    steps = {int(name[1]): path for path in out.glob("checkpoint-*") if path.is_dir()
+             and (name := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return [path for _, path in sorted(steps.items())]
 
 
 def newest(out: Path) -> Path | None:
@@ -96,28 +100,28 @@ def save(out: Path, model, processor, optimizer, state: dict, o: Options) -> Non
     all_reduce_sum({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
 
 
-def load_state(folder: Path, optimizer, made_by: dict) -> dict:
-    """Restore this rank's part of the optimizer; returns the rest of the training state.
-
-    made_by: what makes a run that begins now. SystemExit where the checkpoint was made otherwise
-    (by another number of processes, under other options or data): it cannot be continued.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    files = sorted((folder / "training_state").glob("rank-*.pt"))
-    if files:                               # any tells what made it, should there be too few
-        file = files[rank % len(files)]
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    there = state["made_by"] if files else made_by
+def check_made_by(folder: Path, made_by: dict) -> None:
+    """SystemExit where a checkpoint was made otherwise than a run that begins now (by another number
+    of processes, under other options or data), or is not whole: it cannot be continued."""
+    files, ranks = sorted((folder / "training_state").glob("rank-*.pt")), made_by["processes"]
+    there = made_by if not files else torch.load(       # any file says what made it
+        files[0], map_location="cpu", weights_only=True, mmap=True)["made_by"]
     changed = [f"{name}: {there.get(name)!r} there, {value!r} now"
                for name, value in made_by.items() if there.get(name) != value]
     if changed:
         raise SystemExit(f"error: {folder} was made otherwise ({'; '.join(changed)}); to continue "
                          f"exactly, start as it was started, or begin a new run from its weights: "
                          f"--model {folder} --out ANOTHER")
-    if len(files) != optimizer.world:
-        raise SystemExit(f"error: {folder}/training_state has {len(files)} of {optimizer.world} "
-                         f"files; copy it whole, or begin a new run from its weights: "
-                         f"--model {folder} --out ANOTHER")
+    if len(files) != ranks:
+        raise SystemExit(f"error: {folder}/training_state has {len(files)} of {ranks} files; copy "
+                         f"it whole, or begin a new run from its weights: --model {folder} --out "
+                         f"ANOTHER")
+
+
+def load_state(folder: Path, optimizer) -> dict:
+    """Restore this rank's part of the optimizer; returns the rest of the training state."""
+    file = folder / "training_state" / f"rank-{optimizer.rank:04d}.pt"
+    state = torch.load(file, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state.pop("optimizer"))
     return state
 
@@ -131,7 +135,7 @@ def point_to_newest(out: Path) -> Path:
 
 
 class Preemption:
-    """SIGTERM asks for a checkpoint at the end of the step.
+    """SIGTERM, and the first Ctrl-C, ask for a checkpoint at the end of the step.
 
     A process that waits in vain for another one (in a collective) cannot hear it. So a thread
     listens too, and ends the process when no step ends within `grace` seconds or three times the
@@ -144,23 +148,25 @@ class Preemption:
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)         # written even while the main thread waits
-        signal.signal(signal.SIGTERM, self._ask)
+        for number in STOPS:
+            signal.signal(number, self._ask)
         threading.Thread(target=self._end_if_stuck, args=(read,), daemon=True).start()
 
-    def _ask(self, *_) -> None:
+    def _ask(self, number: int, _) -> None:
         self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # a second one ends it now
 
     def step_ended(self, seconds: float, ranks_asked: float) -> bool:
-        """Whether to leave now, the same on every rank; ranks_asked: how many heard a SIGTERM."""
+        """Whether to stop now, the same on every rank; ranks_asked: how many heard a signal."""
         self.grace = max(self.grace, 3 * seconds)
         if ranks_asked:
             self.heard.set()
         return ranks_asked > 0
 
     def _end_if_stuck(self, pipe: int) -> None:
-        while os.read(pipe, 1) != bytes([signal.SIGTERM]):
+        while os.read(pipe, 1)[0] not in STOPS:
             pass
         while not self.heard.wait(self.grace):
             if not self.saving:
-                os.write(2, b"SIGTERM: no step ended in time, leaving without a checkpoint\n")
+                os.write(2, b"stopped: no step ended in time, so no checkpoint is saved\n")
                 os._exit(1)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -49,6 +50,15 @@ def wait_for_nccl(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
         time.sleep(1)
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """main, then the end of this process; Ctrl-C is one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; run the same command again to continue") from None
+    exit_process()
 
 
 def exit_process() -> None:

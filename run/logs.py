@@ -22,6 +22,7 @@ PHASES = ("data", "sample", "score", "reference", "attribute", "backward", "step
 METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "length_bonus", "extra_reward",
            "length", "ended", "tokens", "loss", "kl", "clipped", "dropped", "entropy", "key_share", "overlap",
            "sampling_gap")
+OF_THE_LOSS = ("kl", "clipped")         # means over the groups that bear the loss
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
 GIB = 2 ** 30
 
@@ -131,16 +132,11 @@ def line_with(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def lost(row: dict) -> bool:
-    """Whether a record was skipped because its decoder died or hung (engine/workers.py says so)."""
-    return ": decoding " in row.get("reason", "")
-
-
 def lost_records(out: Path) -> dict[int, str]:
     """{row: reason} of the records that a run lost decoders to, so that it does not try them again
     when it goes on."""
     rows = [row for path in out.glob("skipped.*.jsonl") for row in rows_of(path)]
-    return {row["row"]: row["reason"] for row in rows if lost(row)}
+    return {row["row"]: row["reason"] for row in rows if row.get("lost")}
 
 
 def rewind(out: Path, step: int) -> None:
@@ -151,7 +147,7 @@ def rewind(out: Path, step: int) -> None:
         if path.exists() and step == 0:
             path.rename(f"{path}.before-{int(time.time())}")
         elif path.exists():
-            kept = [row for row in rows_of(path) if row["step"] <= step or lost(row)]
+            kept = [row for row in rows_of(path) if row["step"] <= step or row.get("lost")]
             part = path.with_suffix(".part")
             part.write_text("".join(map(line_with, kept)), encoding="utf-8")
             part.replace(path)                  # whole, whatever kills this process
@@ -187,18 +183,20 @@ class Log:
         with open(self.out / name, "a", encoding="utf-8") as file:
             file.write(line_with(row))
 
-    def step(self, step: int, steps: int, totals: dict[str, float], more: dict[str, float],
+    def step(self, step: int, steps: int, sums: dict[str, float], more: dict[str, float],
              clock: Clock) -> None:
         """One row: means over the prompts of all ranks; seconds and memory are rank 0's."""
         if self.rank:
             return
-        n, spent = max(totals["prompts"], 1), clock.seconds
+        n, spent = max(sums["prompts"], 1), clock.seconds
         seconds = sum(spent.values())
-        means = {name: value / n for name, value in totals.items() if name != "leaving"}
+        bearing = max(n - sums["dropped"], 1)         # groups that bear the loss
+        means = {name: value / (bearing if name in OF_THE_LOSS else n)
+                 for name, value in sums.items() if name != "leaving"}
         cuda = torch.cuda.is_available()
-        row = {"step": step, **means, **more, "tokens": totals["tokens"],
-               "prompts": totals["prompts"], "seconds": seconds,
-               "tokens_per_second": totals["tokens"] / seconds,
+        row = {"step": step, **means, **more, "tokens": sums["tokens"],
+               "prompts": sums["prompts"], "seconds": seconds,
+               "tokens_per_second": sums["tokens"] / seconds,
                **{f"seconds_{name}": spent[name] for name in PHASES},
                "memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0}
         self.append("log.jsonl", row)
@@ -209,9 +207,9 @@ class Log:
             if step == steps:                   # exit_process() ends the process before others could
                 end()
 
-    def skip(self, record: dict, reason: str, step: int) -> None:
-        """step: the one that it is skipped in, counted from 1."""
-        tqdm.write(f"skipped: {reason}")
+    def skip(self, skipped, step: int) -> None:
+        """Name a data.Skipped; step: the one that it is skipped in, counted from 1."""
+        tqdm.write(f"skipped: {skipped.reason}")
+        names = {name: skipped.record.get(name) for name in ("row", "path", "problem_id")}
         self.append(f"skipped.{self.rank}.jsonl",
-                    {"step": step, "row": record.get("row"), "path": record.get("path"),
-                     "problem_id": record.get("problem_id"), "reason": reason})
+                    {"step": step, **names, "reason": skipped.reason, "lost": skipped.lost})

@@ -2,16 +2,19 @@
 GPUs with enough memory. All mistakes are told here, in one line each, before anything is loaded."""
 
 import os
+import tempfile
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from data import Prompts, loader, read_records, useless
 from engine.weights import weight_count
-from options import Options
+from options import MAY_CHANGE, Options
 from policy import load_processor
 from prompt import Prompt
-from run.checkpoint import newest
+from run.checkpoint import check_made_by, newest
 from run.logs import lost_records
 from run.rules import check_names
 from run.stream import limits_of
@@ -29,8 +32,14 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
     here, gpus, out = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count(), o.out
     if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
         fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
-    if o.resume == "never" and (Path(out) / "log.jsonl").exists():
+    held = newest(Path(out))
+    if o.resume == "never" and (held or (Path(out) / "log.jsonl").exists()):
         fail(f"--out {out} holds a run already; choose another folder or --resume auto")
+    try:
+        there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        fail(f"--out {out} cannot be written: {error}")
     try:
         records, malformed = read_records(o.data)
         usable = {record["row"] for record in read_records(o.data, o.leave_out or None)[0]}
@@ -41,13 +50,16 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
     except (ValueError, OSError, AttributeError, KeyError) as error:    # another architecture
         fail(f"--model {o.model}: no checkpoint to start from: "
              f"{str(error).strip().splitlines()[0]}")
-    check_memory(o)
+    ranks = int(os.environ.get("WORLD_SIZE", here * int(os.environ.get("NNODES", 1))))
+    check_memory(o, ranks)
     rows = len(records) + len(malformed)
     if len(malformed) > UNUSABLE * rows and not o.leave_out:    # then the list has been seen
         fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
              f"{malformed[0]}")
 
-    lost = lost_records(Path(out)) if newest(Path(out)) else {}
+    if held:
+        check_made_by(held, made_by(o, ranks, records))
+    lost = lost_records(Path(out)) if held else {}
     left_out = {i for i, record in enumerate(records) if record["row"] not in usable}
     trial = [i for i, record in enumerate(records)
              if i not in left_out and record["row"] not in lost][:3]
@@ -66,17 +78,24 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
     return records, left_out
 
 
-def check_memory(o: Options) -> None:
+def made_by(o: Options, ranks: int, records: list[dict]) -> dict:
+    """What a run that goes on must have in common with its beginning."""
+    options = {name: value for name, value in asdict(o).items()
+               if name not in (*MAY_CHANGE, "rule")}            # of rules the text counts
+    made = {**options, "processes": ranks, "records": len(records)}
+    texts = [sha256(Path(file).read_bytes()).hexdigest()[:8] for file in o.rule]
+    return made | ({"text of rules": texts} if texts else {})
+
+
+def check_memory(o: Options, ranks: int) -> None:
     """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight: 2, 2 of the
-    reference (bf16); and unless it is frozen 2 of gradient, 12/N of N processes' optimizer."""
+    reference (bf16); and unless it is frozen 2 of gradient, 12/N of the optimizer on N ranks."""
     if not torch.cuda.is_available():
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * int(os.environ.get("NNODES", 1))
-    world = int(os.environ.get("WORLD_SIZE", here))             # torchrun's; train.sh checks before
     weights, trained = weight_count(o.model), weight_count(o.model, o.freeze)
     each = torch.finfo(getattr(torch, o.dtype)).bits // 8
     lasting = weights * each * (2 if o.beta > 0 else 1)
-    state = 0 if o.offload else 12 * min(trained, weights / world)      # of the fullest shard
+    state = 0 if o.offload else 12 * min(trained, weights / ranks)      # of the fullest shard
     needed = (lasting + trained * each + state) / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if needed > 0.9 * there:                                    # the rest is for activations

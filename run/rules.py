@@ -4,6 +4,7 @@ from attribution import COUNTERFACTUALS, SCORES, WEIGHTS
 from grpo import ADVANTAGES, PENALTIES
 from options import Options
 from rewards import EXTRA_REWARDS
+from run.arguments import parse
 
 REGISTRIES = {
     "signals": (COUNTERFACTUALS, SCORES), "weighting": (WEIGHTS,), "advantage": (ADVANTAGES,),
@@ -18,3 +19,7 @@ def check_names(o: Options) -> None:
             if name not in known:
                 raise SystemExit(f"error: unknown {option.removesuffix('s')} {name!r}; known: "
                                  f"{', '.join(known)}")
+
+
+if __name__ == "__main__":              # train.sh: options that are wrong are told before its work
+    check_names(parse())

@@ -95,7 +95,7 @@ class Stream:
             if not isinstance(item, Skipped):
                 usable.append((item, seed_of(self.o, place)))
             elif item.record["row"] not in self.lost:
-                self.log.skip(item.record, item.reason, step + 1)
+                self.log.skip(item, step + 1)
         return usable
 
     def watched(self, left_out: set[int], processor: Processor) -> tuple[Prompt, int] | None:

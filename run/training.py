@@ -4,28 +4,29 @@ import json
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from attribution import RuleError
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from engine.weights import freeze
-from options import MAY_CHANGE, Options
+from options import Options
 from policy import load, score_groups
 from prompt import Processor, Prompt
 from rollout import Group, Rollout
 from run import checkpoint
 from run.distributed import all_reduce_sum, distributed, wait_for_nccl
 from run.logs import Clock, Log, reporter, rewind, sample_of
-from run.preflight import UNUSABLE
+from run.preflight import UNUSABLE, made_by
 from run.stream import Stream
 
 PATIENCE = 5            # steps in a row that may be skipped because the gradient is not finite
+IDLE = 10               # steps in a row without anything to learn, before that is said
 
 
 class Scorer(nn.Module):
@@ -101,7 +102,20 @@ class Training:
         state["not_finite"] = 0 if math.isfinite(norm) else state["not_finite"] + 1
         more = {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}
         self.log.step(step + 1, self.stream.steps, sums, more, clock)
+        self.count_idle(sums)
         return self.preemption.step_ended(clock.total, sums["leaving"])
+
+    def count_idle(self, sums: dict[str, float]) -> None:
+        """Say when nothing has been learnt in IDLE steps in a row, and why."""
+        prompts, state = sums["prompts"], self.state
+        flat, keyless = sums["flat"] == prompts, sums["key_share"] == 0
+        state["idle"] = state["idle"] + 1 if prompts and (flat or keyless) else 0
+        if state["idle"] == IDLE and self.rank == 0:
+            why = (f"in every group all completions earned the same (reward "
+                   f"{sums['reward'] / prompts:.2f}); {self.o.out}/samples.jsonl shows some"
+                   if flat else f"no token carried gradient: none of --signals "
+                   f"{' '.join(self.o.signals)} applied")
+            tqdm.write(f"nothing was learnt in {IDLE} steps: {why}")
 
     def samples_due(self) -> bool:
         every = self.o.sample_every or max(1, self.stream.steps // 100)
@@ -131,8 +145,8 @@ class Training:
         if stopping and done < steps:
             if self.rank == 0:
                 saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
-                print(f"SIGTERM: left after step {done} of {steps}, {saved}; start again with "
-                      f"--resume auto to continue")
+                print(f"stopped after step {done} of {steps}, {saved}; run the same command again "
+                      f"to continue")
             raise SystemExit(143)
 
     def end(self) -> None:
@@ -142,14 +156,6 @@ class Training:
             final = checkpoint.point_to_newest(Path(self.o.out))
             print(f"done: {self.stream.steps} steps; the model is in {final}, the log in "
                   f"{self.o.out}/log.jsonl")
-
-
-def made_by(o: Options, ranks: int, records: list[dict]) -> dict:
-    """What a run that goes on must have in common with its beginning."""
-    options = {name: value for name, value in asdict(o).items() if name not in MAY_CHANGE}
-    made = {**options, "processes": ranks, "records": len(records)}
-    texts = [sha256(Path(file).read_bytes()).hexdigest()[:8] for file in o.rule]
-    return made | ({"text of rules": texts} if texts else {})
 
 
 def start_training(o: Options, records: list[dict], left_out: set[int]) -> Training:
@@ -175,10 +181,10 @@ def start_training(o: Options, records: list[dict], left_out: set[int]) -> Train
     if ranks > 1:
         scorer = across_ranks(scorer, optimizer, device)
 
-    made = made_by(o, ranks, records)
-    state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "made_by": made}
+    state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "idle": 0,
+             "made_by": made_by(o, ranks, records)}
     if resumed:
-        state = checkpoint.load_state(resumed, optimizer, made)
+        state |= checkpoint.load_state(resumed, optimizer)
         trained += f"; continuing from {resumed}"
     if rank == 0:
         print(trained)
@@ -187,6 +193,11 @@ def start_training(o: Options, records: list[dict], left_out: set[int]) -> Train
         (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
     all_reduce_sum({"ranks": 1}, device)    # none writes before that is done
     stream = Stream(o, records, left_out, processor, log, rank, ranks, state)
+    planned = state.setdefault("steps", stream.steps)
+    if planned != stream.steps and rank == 0:
+        print(f"the run now has {stream.steps} steps in place of {planned}: from here on the "
+              f"learning rate follows another cosine")
+    state["steps"] = stream.steps
     watched = stream.watched(left_out, processor) if rank == 0 else None
     return Training(o, rank, ranks, device, model, processor, optimizer, scorer, reference, state,
                     log, stream, preemption, watched)

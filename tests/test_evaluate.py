@@ -296,7 +296,7 @@ def test_a_protocol_sets_defaults_and_an_option_wins():
     (["--seconds", "two"], "invalid choice"), (["--protocol", "mine"], "invalid choice"),
     (["--frame", "8"], "unrecognized"), (["--fps", "0"], "fps above 0"),
     (["--temperature", "-1"], "temperature 0 or more"), (["--top_p", "0"], "top_p above 0"),
-    (["--data", ""], "--data and --benchmark"), (["--video", "v"], "--video and --question"),
+    (["--data", ""], "error: --data is needed"), (["--video", "v"], "error: --question is needed"),
 ])
 def test_options_that_cannot_be_meant(more, message, capsys):
     with pytest.raises(SystemExit):
@@ -366,6 +366,7 @@ def test_other_weights_do_not_mix(whole, checkpoint_folder, world):
 LATE = """
 import time, sys, torch.distributed as dist
 import evaluate
+from run.distributed import exit_process
 
 def then_wait(function):
     def late(*a, **k):
@@ -376,7 +377,7 @@ def then_wait(function):
 dist.barrier = then_wait(dist.barrier)
 dist.broadcast_object_list = then_wait(dist.broadcast_object_list)
 evaluate.main(evaluate.parse(sys.argv[1:]))
-evaluate.exit_process()
+exit_process()
 """
 
 

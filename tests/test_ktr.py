@@ -117,8 +117,8 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert len({s["path"] for s in samples if s["watched"]}) == 1
     for completion in samples[0]["completions"] + samples[1]["completions"]:
         n = len(completion["tokens"])
-        assert set(completion["signals"]) == set(completion["chosen"]) >= {"visual", "entropy"}
-        rows = [*completion["signals"].values(), *completion["chosen"].values()]
+        assert set(completion["signals"]) == set(completion["top_tokens"]) >= {"visual", "entropy"}
+        rows = [*completion["signals"].values(), *completion["top_tokens"].values()]
         assert all(len(row) == n for row in rows)
 
 
@@ -145,9 +145,9 @@ def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
 
 def test_training_moves_towards_reward(run, tmp_path, monkeypatch):
     """A reward that the random model can reach (short completions) rises within a few steps."""
-    def judge(o, processor, group, record):
+    def rewards(o, processor, group, record):
         return torch.tensor([1.0 / n for n in group.lengths]), torch.zeros(len(group.ids))
-    monkeypatch.setattr(ktr, "judge", judge)
+    monkeypatch.setattr(ktr, "answer_rewards", rewards)
     run(tmp_path, "--prompts_per_step", 4, "--max_steps", 12, "--beta", 0, "--signals", "all",
         "--G", 8, "--lr", "3e-3")
     rewards = [row["reward"] for row in log_of(tmp_path)]
@@ -155,13 +155,13 @@ def test_training_moves_towards_reward(run, tmp_path, monkeypatch):
 
 
 def ranked(o, processor, group, record):
-    """A judge that likes later completions better, so that every token has an advantage."""
+    """Rewards that like later completions better, so that every token has an advantage."""
     return torch.arange(float(len(group.ids))), torch.zeros(len(group.ids))
 
 
 def test_unselected_tokens_leave_no_gradient(run, checkpoint_folder, tmp_path, monkeypatch):
     """With no key token at all (ratio 0) and the KL on key tokens, nothing moves."""
-    monkeypatch.setattr(ktr, "judge", ranked)
+    monkeypatch.setattr(ktr, "answer_rewards", ranked)
     run(tmp_path, "--max_steps", 2, "--ratio", 0, "--weight_decay", 0)
     assert logged(tmp_path, "grad_norm") == [(0,), (0,)]
     before, after = weights_of(checkpoint_folder), weights_of(tmp_path / "final")
@@ -170,7 +170,7 @@ def test_unselected_tokens_leave_no_gradient(run, checkpoint_folder, tmp_path, m
 
 def test_prompts_scored_together_and_in_parts_make_one_update(run, tmp_path, monkeypatch):
     """`scale` weighs each part's loss by the prompts of the step, not of the part."""
-    monkeypatch.setattr(ktr, "judge", ranked)
+    monkeypatch.setattr(ktr, "answer_rewards", ranked)
     more = ["--prompts_per_step", 3, "--max_steps", 1, "--save_every", 0]
     run(tmp_path / "together", *more)
     monkeypatch.setattr(ktr, "ROW_TOKENS", 1)
@@ -191,8 +191,9 @@ def test_a_prompt_that_no_signal_applies_to(run, world, tmp_path):
 
 @pytest.mark.parametrize("more", [
     ["--preset", "released", "--prompts_per_step", 2],
-    ["--masking", "replace", "--weighting", "linear", "--distance", "js"],
-    ["--masking", "half", "--signals", "visual", "temporal", "--order", "blocks"],
+    ["--rule", "lab/rules/masking.py", "lab/rules/frame_orders.py", "lab/rules/soft_weights.py",
+     "--signals", "visual", "visual_replace", "temporal_blocks"],
+    ["--rule", "lab/rules/distances.py", "--signals", "visual", "visual_js", "temporal_js"],
 ])
 def test_other_choices_run(run, tmp_path, more):
     run(tmp_path, "--max_steps", 2, "--save_every", 0, *more)
@@ -216,7 +217,7 @@ def only_the_vision_tower_stays(checkpoint_folder, trained):
 
 def test_frozen_parts_stay_and_the_others_are_trained(run, checkpoint_folder, tmp_path,
                                                       monkeypatch, capsys):
-    monkeypatch.setattr(ktr, "judge", ranked)
+    monkeypatch.setattr(ktr, "answer_rewards", ranked)
     run(tmp_path, "--freeze", "vision", "--max_steps", 2)
     assert re.search(r"trained: vision [\d.]+M \(frozen\), projector [\d.]+M, language",
                      capsys.readouterr().out)
@@ -228,9 +229,10 @@ WATCHED = '''
 import sys
 sys.path.insert(0, {root!r})
 import ktr
-from run.distributed import leave
+from run import training
 from run.arguments import parse
-begin, step, places = ktr.begin, ktr.ShardedAdamW.step, []
+from run.distributed import exit_process
+begin, step, places = training.start_training, training.ShardedAdamW.step, []
 def place(optimizer):
     return [p.grad.data_ptr() for p in optimizer.params]
 def begun(*arguments):
@@ -240,7 +242,7 @@ def begun(*arguments):
 def stepped(optimizer, *arguments):
     assert place(optimizer) == places[0], "DDP has made new buckets beside the old ones"
     step(optimizer, *arguments)
-ktr.begin, ktr.ShardedAdamW.step = begun, stepped
+ktr.start_training, training.ShardedAdamW.step = begun, stepped
 ktr.main(parse())
 exit_process()
 '''
@@ -299,13 +301,13 @@ import sys, os
 sys.path.insert(0, {root!r})
 import ktr
 from run.arguments import parse
-judge, calls = ktr.judge, []
+rewards, calls = ktr.answer_rewards, []
 def broken(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         raise RuntimeError("a fault in the reward")
-    return judge(*arguments)
-ktr.judge = broken
+    return rewards(*arguments)
+ktr.answer_rewards = broken
 ktr.main(parse())
 '''
 
@@ -349,38 +351,43 @@ def test_sigkill_and_resume_repeat_the_run_bit_for_bit(whole_run, run, checkpoin
     assert (whole_run / "samples.jsonl").read_text() == (tmp_path / "samples.jsonl").read_text()
 
 
-def asks_to_leave(monkeypatch, call):
-    """A SIGTERM reaches this process while the given call of `judge` runs."""
-    judge, calls = ktr.judge, []
+def asks_to_stop(monkeypatch, call, number=signal.SIGTERM):
+    """A signal reaches this process while the given call of `answer_rewards` runs."""
+    rewards, calls = ktr.answer_rewards, []
 
     def asking(*given):
         calls.append(1)
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return judge(*given)
-    monkeypatch.setattr(ktr, "judge", asking)
+            os.kill(os.getpid(), number)
+        return rewards(*given)
+    monkeypatch.setattr(ktr, "answer_rewards", asking)
 
 
-def test_sigterm_saves_and_leaves(run, tmp_path, monkeypatch, capsys):
-    asks_to_leave(monkeypatch, call=2)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(run, tmp_path, monkeypatch, capsys, number):
+    """SIGTERM, or the first Ctrl-C."""
+    asks_to_stop(monkeypatch, call=2, number=number)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--max_steps", 4, "--save_every", 1000)
     assert stop.value.code == 143 and steps_in(tmp_path) == 2   # the step that runs is finished
     said = capsys.readouterr().out
-    assert f"left after step 2 of 4, saved {tmp_path}/checkpoint-000002" in said
-    assert "--resume auto" in said
+    assert (f"stopped after step 2 of 4, saved {tmp_path}/checkpoint-000002; run the same command "
+            "again to continue") in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run(tmp_path, "--max_steps", 4, "--save_every", 1000)
     assert steps_in(tmp_path) == 4 and checkpoint.newest(tmp_path).name == "checkpoint-000004"
 
 
 def test_sigterm_to_two_processes(checkpoint_folder, world, tmp_path):
-    """torchrun hands it on; both save their part after the same step."""
+    """run/launch.py hands it on; both save their part after the same step."""
     more = ["--max_steps", 400, "--save_every", 1000]
-    process = start([*torchrun(2), *arguments(checkpoint_folder, world, tmp_path, *more)])
+    process = start(["-m", "run.launch", "no.such.module",
+                     *map(str, arguments(checkpoint_folder, world, tmp_path, *more))],
+                    DEVICE="cpu", NPROC="2")
     wait_for(process, lambda: steps_in(tmp_path) >= 2)
     process.send_signal(signal.SIGTERM)
     code, out = finish(process)
-    assert code != 0 and "start again with --resume auto" in out, out
+    assert code == 143 and "run the same command again" in out and "Traceback" not in out, out
     saved = checkpoint.newest(tmp_path)
     step = int(saved.name.split("-")[1])
     assert 2 <= step < 400 and steps_in(tmp_path) == step
@@ -391,11 +398,11 @@ def test_sigterm_to_two_processes(checkpoint_folder, world, tmp_path):
 def test_without_checkpoints_nothing_is_claimed_and_the_old_log_is_kept(run, tmp_path,
                                                                         monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        asks_to_leave(patch, call=2)
+        asks_to_stop(patch, call=2)
         with pytest.raises(SystemExit):
             run(tmp_path, "--max_steps", 4, "--save_every", 0)
     said = capsys.readouterr().out
-    assert "left after step 2 of 4" in said and "nothing is saved" in said
+    assert "stopped after step 2 of 4" in said and "nothing is saved" in said
     assert not list(tmp_path.glob("checkpoint-*"))
     before = (tmp_path / "log.jsonl").read_text()
     run(tmp_path, "--max_steps", 1, "--save_every", 0)          # nothing to resume from
@@ -423,7 +430,7 @@ def test_a_process_that_saves_is_waited_for():
 def test_a_stuck_process_leaves_after_the_grace():
     code, out, seconds = preempted(f"Preemption(grace=1.0)\n{TERM}"
                                    "threading.Event().wait(50)\nprint('still here')")
-    assert code == 1 and "leaving without a checkpoint" in out and seconds < 40
+    assert code == 1 and "no checkpoint is saved" in out and seconds < 40
 
 
 def test_a_step_longer_than_the_grace_is_waited_for():
@@ -435,7 +442,7 @@ def test_a_step_longer_than_the_grace_is_waited_for():
     code, out, _ = preempted(                   # but not for ever: three times the longest step
         f"p = Preemption(grace=0.2)\np.step_ended(0.5, 0)\n{TERM}"
         "threading.Event().wait(50)\nprint('still here')")
-    assert code == 1 and "leaving without a checkpoint" in out
+    assert code == 1 and "no checkpoint is saved" in out
 
 
 @pytest.mark.parametrize("where", ["weights", "state"])
@@ -567,8 +574,7 @@ def test_a_long_prompt_is_skipped_and_counted(run, world, tmp_path):
     (["--videos", "nowhere"], "nowhere/train/"),
     (["--model", "no/such/model"], "model"),
     (["--signals", "vision"], "unknown signal 'vision'; known: visual, temporal"),
-    (["--masking", "blur"], "unknown masking 'blur'; known: hide, zero, half, replace"),
-    (["--distance", "l3"], "unknown distance 'l3'; known: logp, l1"),
+    (["--weighting", "none"], "unknown weighting 'none'; known: binary"),
     (["--leave_out", "none.json"], "none.json"),
 ])
 def test_what_is_missing_is_one_clear_line(run, tmp_path, change, says):

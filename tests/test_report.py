@@ -23,7 +23,7 @@ EVIL = "</script x><script>window.hacked = 1; document.title = 'hacked'</script>
 
 
 def completion(tokens, signals, chosen, accuracy, advantage):
-    return {"tokens": tokens, "signals": signals, "chosen": chosen, "accuracy": accuracy,
+    return {"tokens": tokens, "signals": signals, "top_tokens": chosen, "accuracy": accuracy,
             "format": 1.0, "advantages": advantage, "reward": accuracy + 1.0}
 
 
@@ -120,7 +120,7 @@ def test_damaged_lines_are_left_out_with_a_note(tmp_path):
            "no json", "[1]", '{"reward": 1}', '{"step": "3"}', '{"step": 3, "rew']
     (run / "log.jsonl").write_text("\n".join(log))
     short, odd = sample(2), {**sample(2), "completions": {}}
-    short["completions"][0]["chosen"]["visual"].pop()
+    short["completions"][0]["top_tokens"]["visual"].pop()
     nan = good.replace("2.0, 0.5", "NaN, 0.5")
     lines = "\n".join([good, json.dumps(short), json.dumps(odd), nan, good[:200]])
     (run / "samples.jsonl").write_bytes(lines.encode() + b"\xff\n")

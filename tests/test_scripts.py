@@ -1,7 +1,6 @@
 """train.sh 7b as a lab runs it, with a tiny model in place of the 7B: one node, two nodes, a dry
 run, and what it refuses."""
 
-import inspect
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed.run
 from conftest import ROOT
 from test_ktr import log_of, weights_of
 
@@ -21,18 +19,16 @@ from run.preflight import check_start
 TINY = ["--dtype", "float32", "--max_new_tokens", "8", "--G", "2", "--workers", "0", "--lr", "1e-3"]
 FIND = "print(importlib.util.find_spec('data').origin)"
 PYTHON = '''#!/bin/sh
-[ "$1" != -c ] || {{ echo 0 {}; exit; }}
+[ "$1" != -c ] || exit 0
 exec "{}" "$@"
 '''
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """This Python, which answers train.sh's questions about packages and GPUs (-c ...) at once:
-    they take seconds."""
+    """This Python, which has all packages without looking (-c ...)."""
     path = tmp_path_factory.mktemp("python") / "python"
-    waits = "--shutdown-timeout" in inspect.getsource(torch.distributed.run)
-    path.write_text(PYTHON.format(waits, sys.executable))
+    path.write_text(PYTHON.format(sys.executable))
     path.chmod(0o755)
     return path
 
@@ -98,8 +94,8 @@ def test_the_script_refuses_in_one_line(python, checkpoint_folder, world, tmp_pa
     cut.write_text((world / "train.json").read_text()[:-40])
     common = dict(MODEL=checkpoint_folder, DATA=world / "train.json", OUT=tmp_path / "out",
                   DEVICE="cpu")
-    cases = [({"DEVICE": ""}, sys.executable, "no GPU found"),
-             ({"DATA": ""}, python, "DATA is not set"),
+    cases = [({"DEVICE": ""}, python, "no GPU found"),
+             ({"DATA": "none.json"}, python, "DATA=none.json is no file"),
              ({"MODEL": "no/such"}, python, "no/such"),
              ({"DATA": cut, "VIDEOS": world}, python, "cut.json: not valid JSON")]
     started = [train(interpreter, "7b", *TINY, **{**common, **change})
@@ -108,7 +104,7 @@ def test_the_script_refuses_in_one_line(python, checkpoint_folder, world, tmp_pa
         code, out, err = finish(process)
         (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
         assert code == 1 and says in line and "Traceback" not in err, (says, out, err)
-        assert not out.replace("0 True\n", "").replace("0 False\n", ""), out
+        assert not out, out
     assert not (tmp_path / "out").exists()                      # nothing was begun
     code, _, err = finish(train(python, "8b"))
     assert code == 2 and err.startswith("usage: ")
@@ -129,8 +125,7 @@ def test_data_and_table_run_where_you_are(tmp_path):
         stub.chmod(0o755)
         made = subprocess.run(["bash", ROOT / "train.sh", *given], cwd=tmp_path, text=True,
                               capture_output=True, env={**os.environ, "PYTHON": str(stub)})
-        where = [str(tmp_path / word) if word == "list.json" else word for word in given[1:]]
-        assert made.stdout.split("\n")[:2] == [f"{tmp_path} {where}", str(ROOT / "data.py")], made
+        assert made.stdout.split("\n")[:2] == [f"{tmp_path} {given[1:]}", str(ROOT / "data.py")], made
 
 
 # ---------------------------------------------------------------------------------------- preflight
@@ -225,10 +220,10 @@ def test_a_python_with_an_old_torch_is_passed_over(tmp_path):
     old = tmp_path / "packages" / "torch-2.9.0.dist-info"
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n")
-    script = f". {ROOT}/run/env.sh; echo $PY"
-    chosen = []
+    script = f"HERE={tmp_path}; . {ROOT}/run/env.sh; echo $PY"
+    found = []
     for more in ({}, {"PYTHONPATH": str(old.parent)}):
         environment = {**os.environ, "PYTHON": sys.executable, **more}
-        chosen.append(subprocess.check_output(["bash", "-ec", script], cwd=tmp_path, text=True,
+        found.append(subprocess.check_output(["bash", "-ec", script], cwd=tmp_path, text=True,
                                               env=environment).strip())
-    assert chosen == [sys.executable, ".venv/bin/python"]
+    assert found == [sys.executable, str(stand_in)]

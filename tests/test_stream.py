@@ -55,14 +55,14 @@ def test_records_that_teach_nothing_are_counted_before_a_run(checkpoint_folder, 
     (tmp_path / "data.json").write_text(json.dumps(rows))
     o = Options(model=str(checkpoint_folder), data=str(tmp_path / "data.json"), videos=str(world),
                 out=str(tmp_path / "out"), workers=0)
-    assert stream.preflight(o)[1] == set()
+    assert preflight.check_start(o)[1] == set()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("nothing can be learnt from 2 of 6 records, the first: record ")
     assert "(row 1): the truth is not one letter" in line and "--leave_out" in line
     o.leave_out = str(tmp_path / "bad.json")
     listed = [{"path": rows[i]["path"], "row": i} for i in (1, 4)]
     (tmp_path / "bad.json").write_text(json.dumps(listed))
-    assert stream.preflight(o)[1] == {1, 4} and not capsys.readouterr().out
+    assert preflight.check_start(o)[1] == {1, 4} and not capsys.readouterr().out
 
 
 def test_too_few_records_for_a_step():
@@ -180,7 +180,7 @@ def test_a_lost_decoder_keeps_its_place_when_a_run_goes_on(make, tmp_path):
     o = Options(prompts_per_step=2, max_steps=5, out=str(tmp_path))
     order = [row for rows in rows_taken(make(o), range(5)) for row in rows]
     reason = "a: decoding took more than 120 s"
-    make(o).log.skip({"row": order[5], "path": "./x", "problem_id": 5}, reason, 3)
+    make(o).log.skip(Skipped({"row": order[5], "path": "./x", "problem_id": 5}, reason, True), 3)
     rest = make(o, step=2, place=4)
     assert rows_taken(rest, range(2, 5)) == [[order[4]], order[6:8], order[8:]]
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [order[5]]
@@ -194,8 +194,8 @@ def fill(out, steps):
         (out / name).write_text("".join(lines))
     why = {1: "a: decoding ended its process", 3: "b: decoding took more than 1 s",
            4: "c: no such file"}
-    rows = [{"step": step, "row": 10 + step, "path": f"./{step}", "reason": reason}
-            for step, reason in why.items()]
+    rows = [{"step": step, "row": 10 + step, "path": f"./{step}", "reason": reason,
+             "lost": step != 4} for step, reason in why.items()]
     (out / "skipped.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -210,7 +210,7 @@ def test_a_run_that_goes_on_drops_what_it_repeats(tmp_path):
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13]
     assert lost_records(tmp_path) == {11: "a: decoding ended its process",
                                       13: "b: decoding took more than 1 s"}
-    Log(tmp_path, 0).skip({"row": 14, "path": "./4", "problem_id": 5}, "r4", 4)
+    Log(tmp_path, 0).skip(Skipped({"row": 14, "path": "./4", "problem_id": 5}, "r4"), 4)
     assert [row["row"] for row in rows_of(tmp_path / "skipped.0.jsonl")] == [11, 13, 14]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "log.jsonl", "samples.jsonl", "skipped.0.jsonl"]
@@ -250,9 +250,8 @@ def test_a_run_that_no_gpu_holds_is_refused_before_it_starts(ranks, options, nee
     card = SimpleNamespace(total_memory=int(79.2 * 2 ** 30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
     o = Options(model="random:7b", **options)
     if needed is None:
-        return preflight.check_memory(o)
+        return preflight.check_memory(o, ranks)
     with pytest.raises(SystemExit, match=f"needs {needed} GiB beside activations and has 79"):
-        preflight.check_memory(o)
+        preflight.check_memory(o, ranks)

@@ -17,6 +17,7 @@ from lab.stats import detectable, holm, interval, p_value, quantile
 from lab.study import outcome
 from policy import sample
 from run.arguments import parse
+from run.rules import check_names
 
 SECONDS = 0.5
 REWARDS = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0)
@@ -327,8 +328,10 @@ def test_a_run_that_the_time_ends_leaves_no_score(tmp_path, monkeypatch, world):
 def test_every_variant_is_a_valid_command_line():
     for name, options in study.VARIANTS.items():
         o = parse(["--model", "m", "--data", "d", *study.shlex.split(options)])
-        all_three = o.signals == ["visual", "temporal", "entropy"]
-        assert all_three == name.startswith(("Video-KTR", "KTR")), name
+        check_names(o)
+        all_three = [signal.split("_")[0] for signal in o.signals]
+        assert (all_three == ["visual", "temporal", "entropy"]) == name.startswith(
+            ("Video-KTR", "KTR")), name
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -339,10 +342,10 @@ def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, w
     monkeypatch.setattr(ktr, "format_reward", lambda *_: 0.0)
     seen = []
 
-    def short(model, prompts, G, limit, seeds):
+    def short(model, prompts, G, limit, seeds, **how):
         seen.extend([*prompts, *sample(model, prompts, G, 12, seeds=seeds)])
         return seen[1:]
-    monkeypatch.setattr(gradients, "sample", short)
+    monkeypatch.setattr(ktr, "sample", short)
     got = gradients.gradient_analysis(str(checkpoint_folder), str(world), questions=1, G=4)
 
     prompt, group = seen

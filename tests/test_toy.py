@@ -247,13 +247,17 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
     assert lines[5][:5] == ["2", "steps", "in", "4", "s;"]
 
 
-@pytest.mark.parametrize("command, name, expected", [
-    ("make", "lab.toy.make", ["here"]),
-    ("cold_start", "lab.cold_start.train", ["here"]),
-    ("attribution", "lab.attribution_table.attribution_table", ["m", "w"])])
-def test_commands(command, name, expected, monkeypatch):
+@pytest.mark.parametrize("main, does, words, expected", [
+    (toy.main, "lab.toy.make", ["make", "here", "--test", "7"],
+     {"test": 7, "world": toy.WORLDS["toy"]}),
+    (cold_start.main, "lab.cold_start.train", ["here", "--family", "qwen3"],
+     {"family": "qwen3", "world": toy.WORLDS["toy"]}),
+    (cold_start.main, "lab.cold_start.train", ["here", "--world", "order"],
+     {"family": "qwen2.5", "world": toy.WORLDS["order"], "steps": 120, "batch": 32, "lr": 5e-4,
+      "start": "cold_start"})])
+def test_commands(main, does, words, expected, monkeypatch):
     called = []
-    monkeypatch.setattr(name, lambda *arguments, **_: called.extend(map(str, arguments)))
-    monkeypatch.setattr("sys.argv", ["toy.py", command, "here", "--model", "m", "--data", "w"])
-    toy.main()
-    assert called == expected
+    monkeypatch.setattr(does, lambda folder, **more: called.append((str(folder), more)))
+    monkeypatch.setattr("sys.argv", ["program", *words])
+    main()
+    assert called == [("here", expected)]
