@@ -142,7 +142,7 @@ class Options:
                            "the 7B")
     save_every: int = number(250, "steps between checkpoints (7B: 116 GB each); 0: none at all")
     keep: int = number(2, "number of checkpoints that are kept", above=0)
-    sample_every: int = number(0, "steps between samples in samples.jsonl; 0: a hundred in a run")
+    sample_every: int = number(0, "steps between samples in samples.jsonl; 0: fifty in a run")
     resume: str = one_of("auto", "never", help="continue from the newest checkpoint in --out, or "
                          "refuse a folder that holds a run")
     report_to: str = one_of("none", "tensorboard", "wandb", help="where the log also goes, if that "

@@ -5,7 +5,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd); cd "$HERE"
 . run/env.sh
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 if [ "${1:-}" = --gpu ]; then
     shift
     longest_first=(tests/gpu/test_{cold_starts,runs,engine,widths}.py)

@@ -19,16 +19,17 @@ py() { "$PY" -P "$@"; }                                 # -P: no module that lie
 
 toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    local world=${WORLD:-toy_world} out=${OUT:-runs/toy} start=$HERE/cold_start evaluate
+    local world=${WORLD:-toy_world} out=${OUT:-runs/toy} start=$HERE/cold_start procs=1 evaluate
+    nvidia-smi -L >/dev/null 2>&1 || [ "$(nproc)" = 1 ] || procs=2      # a step's 8 prompts on two cores
     [[ ! " $* " =~ " --out"[\ =] ]] || { echo "error: say OUT=DIR bash train.sh toy, not --out" >&2; exit 2; }
     py -m run.rules --model - --data - "$@"             # a slip is told before the work
     [ -f "$world/test.json" ] || py -m lab.toy make "$world"
     evaluate=("$HERE/evaluate.py" --benchmark toy --data "$world/test.json" --videos "$world"
               --max_new_tokens 64 --batch 100 --dtype float32 --workers 1)
     py "${evaluate[@]}" --model "$start" --out "$out/before"
-    py "$HERE/ktr.py" --model "$start" --data "$world/train.json" --out "$out" --dtype float32 \
-        --no_checkpointing --max_new_tokens 64 --prompts_per_step 8 --epochs 1 --lr 5e-5 \
-        --warmup_steps 10 --save_every 50 --workers 1 "$@"
+    NPROC=$procs DEVICE=cpu py -m run.launch "" --model "$start" --data "$world/train.json" --out "$out" \
+        --dtype float32 --no_checkpointing --max_new_tokens 64 --prompts_per_step $((8 / procs)) \
+        --epochs 1 --lr 5e-5 --warmup_steps 10 --save_every 50 --workers 1 "$@"
     [ "$out/after" -nt "$out/final/config.json" ] || rm -rf "$out/after"        # of other weights
     py "${evaluate[@]}" --model "$out/final" --out "$out/after"
     py -m lab.toy table "$out"

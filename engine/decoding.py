@@ -50,8 +50,18 @@ def probabilities(logits: Tensor, banned: Tensor, temperature: float) -> tuple[T
 
 def nucleus_border(p: Tensor, top_p: float) -> Tensor:
     """The largest number (R, 1) such that p (R, V) above it adds up to top_p or more: the
-    nucleus is what lies above it. Found three bits at a time, since floats from 0 to 1 are
-    ordered as their 30 bits are; sorting 152,064 words would take longer than a layer."""
+    nucleus is what lies above it."""
+    if p.is_cuda:
+        return border_by_bits(p, top_p)
+    likeliest = p.sort(-1, descending=True).values
+    inside = likeliest.cumsum(-1) - likeliest < top_p
+    last = likeliest.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    return last.nextafter(torch.zeros(()))
+
+
+def border_by_bits(p: Tensor, top_p: float) -> Tensor:
+    """`nucleus_border`, three bits at a time, since floats from 0 to 1 are ordered as their 30 bits
+    are. On a GPU sorting 152,064 words would take longer than a layer."""
     border = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
     digits = torch.arange(8, dtype=torch.int32, device=p.device)
     shifts = torch.arange(27, -1, -3, dtype=torch.int32, device=p.device)

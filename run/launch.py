@@ -1,6 +1,6 @@
 """The recipe on this node: checks, then a process for each GPU, then what shows the result.
 
-    python -m run.launch "lab.report OUT" [options of ktr.py]
+    python -m run.launch "lab.report OUT" [options of ktr.py]       ("": nothing is shown)
 
 torchrun starts the processes. Left alone, it answers SIGTERM and Ctrl-C by killing them after 30 s,
 in which a checkpoint of the 7B is not written, and ends every failure with a traceback of its own.
@@ -81,7 +81,7 @@ def main() -> int:
     environment = {**os.environ, "LOCAL_WORLD_SIZE": str(nproc)}
     checked = subprocess.run([sys.executable, KTR, *options, "--check"], env=environment)
     code = checked.returncode or train(torchrun, options)
-    if code or os.environ.get("NODE_RANK", "0") != "0":
+    if code or not shown or os.environ.get("NODE_RANK", "0") != "0":
         return code
     return subprocess.run([sys.executable, "-P", "-m", *shown]).returncode
 

@@ -118,7 +118,7 @@ class Training:
             tqdm.write(f"nothing was learnt in {IDLE} steps: {why}")
 
     def samples_due(self) -> bool:
-        every = self.o.sample_every or max(1, self.stream.steps // 100)
+        every = self.o.sample_every or max(1, self.stream.steps // 50)
         return self.rank == 0 and self.state["step"] % every == 0
 
     def log_samples(self, rollouts: list[Rollout], watched: Rollout | None) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.decoding import choose, inverse_cdf, nucleus_border
+from engine.decoding import border_by_bits, choose, inverse_cdf, nucleus_border
 
 NONE = torch.zeros(5).bool()
 
@@ -69,15 +69,26 @@ def test_a_flat_nucleus_is_exact(top_p, top_k):
     assert (got[want == 0] == 0).all() and (got[want > 6e-4] > 0).all()
 
 
-def test_the_border_is_the_last_that_reaches_top_p():
+@pytest.mark.parametrize("border_of", [nucleus_border, border_by_bits])     # of CPUs, of GPUs
+def test_the_border_is_the_last_that_reaches_top_p(border_of):
     p = torch.tensor(
         [[0.5, 0.3, 0.15, 0.05], [1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [1e-30, 1, 0, 1e-20]]
     )
     for top_p in (0.2, 0.6, 0.9):
-        border = nucleus_border(p, top_p)
+        border = border_of(p, top_p)
         above = torch.where(p > border, p, 0).sum(-1)
         further = torch.where(p > (border.view(torch.int32) + 1).view(torch.float32), p, 0).sum(-1)
         assert (above >= top_p).all() and (further < top_p).all()
+
+
+def test_both_ways_find_the_same_nucleus():
+    torch.manual_seed(0)
+    for V, spread in ((96, 1), (96, 4), (3000, 2)):
+        p = (torch.randn(200, V) * spread).softmax(-1)
+        p[::3] = p[::3].round(decimals=2)                       # many ties
+        for top_p in (0.5013, 0.9437):          # that no sum of hundredths is
+            sets = [p > border_of(p, top_p) for border_of in (nucleus_border, border_by_bits)]
+            assert torch.equal(*sets)
 
 
 def test_inverse_cdf_finds_what_a_scan_finds():
