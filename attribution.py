@@ -1,4 +1,4 @@
-"""Attribution: which tokens carry the gradient (paper, section 3.2). A fork edits this file.
+"""Attribution: which tokens carry the gradient (paper, section 3.2).
 
     visual    eq. 2   |logp(y_t | v, q, y_<t) - logp(y_t | v masked,   q, y_<t)|
     temporal  eq. 3   |logp(y_t | v, q, y_<t) - logp(y_t | v shuffled, q, y_<t)|    videos only
@@ -6,9 +6,9 @@
     key mask  eq. 5   the union of the top r of each signal's tokens
 
 A signal scores every token y_t of a group's completions. It is a counterfactual (the prompt that is
-shown instead: a token's score is how far its log-probability moves) or a function that gives the
-scores. This file needs torch alone: `shift` and `select` take tensors of any trainer, `attribute` a
-rollout (rollout.py), options (options.py) and a function that scores prompts.
+shown instead: a token's score is how far its log-probability moves) or gives the scores itself.
+This file needs torch alone: `shift` and `select` take tensors of any trainer, `attribute` a rollout
+(rollout.py), options (options.py) and a function that scores prompts.
 """
 
 import math
@@ -32,11 +32,8 @@ class RuleError(ValueError):
 # ---------------------------------------------------------------------------------- counterfactuals
 def mask_video(r: "Rollout", o: "Options") -> "Prompt":
     """The prompt without its video tokens (eq. 2). A token that is hidden from attention reaches no
-    other token, so leaving it out gives the same log-probabilities and costs nothing.
-
-    Text stays at its own positions, so that only the video differs; under `--positions moved` it
-    closes the gap, as in the released code.
-    """
+    other token, so leaving it out gives the same log-probabilities and costs nothing. Text stays at
+    its own positions, or under `--positions moved` closes the gap, as in the released code."""
     p, text = r.prompt, ~r.prompt.visual                                            # (P,)
     ids, positions, following = p.ids[text], p.positions[:, text], p.next_position
     if o.positions == "moved":
@@ -116,10 +113,7 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
 
 def union(masks: dict[str, Tensor], valid: Tensor) -> Tensor:
     """(G, T) bool: the tokens in any of the signals' masks."""
-    mask = torch.zeros_like(valid, dtype=torch.bool)
-    for tokens in masks.values():
-        mask = mask | tokens
-    return mask
+    return sum(masks.values(), torch.zeros_like(valid, dtype=torch.bool))       # + of bool is "or"
 
 
 def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float] | float,
@@ -146,7 +140,7 @@ SCORES: dict[str, Callable[["Rollout", "Options"], Tensor]] = {
 }
 # (r, o) -> weights (G, T) >= 0 in the loss
 WEIGHTS: dict[str, Callable[["Rollout", "Options"], Tensor]] = {
-    "binary": lambda r, o: union(r.top_tokens, r.group.completion_mask),        # the key mask, eq. 5
+    "binary": lambda r, o: union(r.top_tokens, r.group.completion_mask),            # eq. 5
 }
 
 
@@ -154,8 +148,8 @@ def attribute(rollouts: list["Rollout"], o: "Options",
               score: Callable[[Sequence["Prompt"], Sequence["Group"]], list[Tensor]]) -> None:
     """Fill in each rollout's scores and top tokens by signal, and its key mask. No gradient.
 
-    score(prompts, groups): the log-probabilities (G, T) of each group after another prompt. A
-    signal's changed prompts are scored together. RuleError where a rule gives what cannot be used.
+    score(prompts, groups) gives the log-probabilities (G, T) of each group after its prompt; it is
+    asked once for each signal. RuleError where a rule gives what cannot be used.
     """
     for name in o.signals:
         if name in SCORES:
@@ -188,15 +182,15 @@ def counterfactual(name: str, r: "Rollout", o: "Options") -> "Prompt":
     if frames._version != version:
         raise RuleError(f"signal {name} changed r.prompt.frames in place; change a clone() of them")
     if changed.frames is not None and changed.grid != r.prompt.grid:
-        raise RuleError(f"signal {name}: frames of shape {tuple(changed.frames.shape)} cannot stand "
-                        f"for those of shape {tuple(frames.shape)}")
+        raise RuleError(f"signal {name}: frames of shape {tuple(changed.frames.shape)} cannot "
+                        f"stand for those of shape {tuple(frames.shape)}")
     return changed
 
 
 def check_output(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
                  minimum: float = -math.inf) -> Tensor:
-    """What a rule gave. RuleError unless it has shape and device of one of `like`, is NaN only where
-    they are, is at least `minimum`, and has a gradient if (and only if) it should."""
+    """What a rule gave. RuleError unless it has shape and device of one of `like`, is NaN only if
+    one of them is, is at least `minimum`, and has a gradient if (and only if) it should."""
     fault = None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"

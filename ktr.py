@@ -137,7 +137,7 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
     if not rollouts:
         return scored.backward()
     for r, (logp, entropy) in zip(rollouts, scored):
-        r.logp, r.entropy = logp, entropy                               # (G, T); logp has a gradient
+        r.logp, r.entropy = logp, entropy                               # (G, T); logp with gradient
     clock("score")
 
     if rollouts[0].old_logp is None:                                    # the first of --updates

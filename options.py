@@ -25,8 +25,6 @@ GONE = {            # options of older versions, and what does the same now
     "distance": "--rule lab/rules/distances.py --signals visual_js ..",
     "bonus": "--extra_reward",
 }
-
-
 LIMITS = []         # of numbers: (field, minimum, maximum, above)
 
 
@@ -50,60 +48,51 @@ def number(default, help: str, minimum: float = 0, maximum: float = math.inf, ab
 @dataclass
 class Options:
     """Defaults are the paper's 7B recipe."""
-    model: str = option("", "the starting checkpoint: a folder or hub name of a Qwen-VL, or random "
-                        "weights: random:7b, random:qwen3-8b, ..")
+    model: str = option("", "starting checkpoint: a folder, a hub name, or random:7b, ..")
     data: str = option("", "training records: a JSON list or JSON lines in Video-R1's form")
     videos: str = option("", "folder that the records' paths start from (default: the data's)")
     out: str = option("runs/ktr", "folder for checkpoints, log.jsonl and samples.jsonl")
     leave_out: str = option("", "list of records to pass over, as `python data.py check` writes it")
-    preset: str = one_of("paper", "released", help="sets every choice in which the paper's text "
-                         "and the released code differ")
-    rule: list[str] = option([], "Python files that register rules; their OPTIONS come before those "
-                             "given here (docs/rules.md)")
+    preset: str = one_of("paper", "released", help="sets every choice in which the two differ")
+    rule: list[str] = option([], "Python files that register rules; their OPTIONS count as given")
     # ---- the method: which tokens carry the gradient
     signals: list[str] = option(["visual", "temporal", "entropy"], "names of signals, separated by "
                                 "spaces: visual, temporal, entropy, random, all, or a rule's")
-    ratio: float = number(0.2, "share of the tokens that each signal keeps; one number for all "
-                          "signals (paper: 20%%)", maximum=1)
-    shift: str = one_of("abs", "signed", "k3", help="how a changed log-probability becomes a score: "
-                        "its size, its fall, or an estimate of the KL")
-    positions: str = one_of("unchanged", "moved", help="the text's positions when the video is "
+    ratio: float = number(0.2, "share of the tokens that each signal keeps", maximum=1)
+    shift: str = one_of("abs", "signed", "k3", help="score of a changed log-probability: its change "
+                        "in size, its fall, or an estimate of the KL")
+    positions: str = one_of("unchanged", "moved", help="positions of the text when the video is "
                             "masked: unchanged, or moved up to close the gap")
-    pool: str = one_of("group", "response", help="the tokens that compete for the top share: the "
-                       "whole group's, or each response's")
-    ties: str = one_of("exact", "threshold", help="keep exactly ceil(ratio n) tokens, or every token "
-                       "that reaches the quantile")
+    pool: str = one_of("group", "response", help="tokens that compete for the top share")
+    ties: str = one_of("exact", "threshold", help="keep exactly ceil(ratio n) tokens, or all that "
+                       "reach the quantile")
     # ---- the method: rewards
     format_pattern: str = one_of("strict", "released", help="pattern of the format reward; the "
                                  "released one lets further blocks pass")
-    length_of: str = one_of("response", "selected", help="the tokens that the length bonus counts: "
-                            "the response's, or (the release) the selected ones")
+    length_of: str = one_of("response", "selected", help="tokens that the length bonus counts")
     length_low: int = number(320, "shortest completion that earns the length bonus, in tokens")
     length_high: int = number(512, "longest completion that earns the length bonus, in tokens")
     length_bonus: float = number(0.2, "reward for a right answer of such a length")
     # ---- the method: GRPO
     G: int = number(8, "completions of each prompt", minimum=2)
     temperature: float = number(1.0, "sampling temperature", above=0)
-    top_p: float = number(0.95, "probability mass of the nucleus that is sampled from", above=0,
-                          maximum=1)
+    top_p: float = number(0.95, "probability mass that is sampled from", maximum=1, above=0)
     top_k: int = number(0, "number of likeliest tokens that may be sampled; 0: all")
     max_new_tokens: int = number(768, "longest completion, in tokens", above=0)
-    beta: float = number(0.04, "weight of the KL to the starting checkpoint; 0: that is not loaded")
-    clip: float = number(0.2, "how far the probability ratio may leave 1 before it is clipped",
-                         above=0)
-    normalize: str = one_of("length", "selected", "tokens", "constant", help="what a completion's "
-                            "sum is divided by: its length, its selected tokens; or the sum over all "
-                            "completions by their tokens (DAPO), by a constant (Dr. GRPO)")
-    kl_on: str = one_of("selected", "all", help="the tokens that bear the KL")
+    beta: float = number(0.04, "weight of the KL to the starting checkpoint; 0: it is not loaded")
+    clip: float = number(0.2, "how far the probability ratio may leave 1", above=0)
+    normalize: str = one_of("length", "selected", "tokens", "constant", help="what divides a "
+                            "completion's sum: its length, or its selected tokens; or that of all "
+                            "completions: their tokens (DAPO), or a constant (Dr. GRPO)")
+    kl_on: str = one_of("selected", "all", help="tokens that bear the KL")
     # ---- other papers'
-    clip_high: float = number(0.0, "upper limit of the clip, if it differs; 0: the same (DAPO: 0.28)")
+    clip_high: float = number(0.0, "upper limit of the clip, where it differs (DAPO: 0.28)")
     updates: int = number(1, "optimizer steps for each rollout; from the second on the clip may "
                           "bind", above=0)
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
-    filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss when all "
-                         "its completions have the same accuracy, or reward (DAPO)")
-    mask_cut: bool = option(False, "leave completions that the length limit cut out of the loss "
-                            "(DAPO)")
+    filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if its "
+                         "completions all have the same accuracy, or reward (DAPO)")
+    mask_cut: bool = option(False, "leave completions that were cut out of the loss (DAPO)")
     weighting: str = option("binary", "tokens' weights in the loss: binary, or a rule's")
     advantage: str = option("group", "advantages: group, or a rule's")
     penalty: str = option("none", "further term of the loss: none, or a rule's")
@@ -113,11 +102,11 @@ class Options:
     lr: float = number(2e-6, "peak learning rate, one value for every variant", above=0)
     warmup_steps: int = number(0, "steps of linear warm-up before the cosine")
     weight_decay: float = number(0.01, "AdamW's weight decay; norms and biases have none")
-    max_grad_norm: float = number(5.0, "gradient norm above which the gradient is clipped", above=0)
+    max_grad_norm: float = number(5.0, "gradient norm from which the gradient is clipped", above=0)
     epochs: int = number(1, "passes over the data", above=0)
     max_steps: int = number(0, "number of steps; 0: the epochs decide")
     prompts_per_step: int = number(1, "prompts of each process in a step", above=0)
-    seed: int = number(42, "seed of the data's order, of sampling and of all else that is random")
+    seed: int = number(42, "seed of the data's order, of sampling and of all else by chance")
     # ---- what the model is shown
     max_frames: int = number(16, "most frames of a clip", minimum=2)
     sample_fps: float = number(2.0, "frames that are taken of a clip's second", above=0)
@@ -130,23 +119,18 @@ class Options:
                          "--image_pixels, or the release's")
     max_pixels: int = number(128 * 28 * 28, "most pixels of a frame", above=0)
     image_pixels: int = number(512 * 28 * 28, "most pixels of a still image", above=0)
-    max_prompt: int = number(16384, "longest prompt, in tokens; longer ones are skipped, never cut",
-                             above=0)
+    max_prompt: int = number(16384, "longest prompt, in tokens; longer ones are skipped", above=0)
     # ---- running
     workers: int = number(min(4, os.cpu_count() or 1), "processes of each rank that decode clips")
-    dtype: str = one_of("bfloat16", "float32", help="type of the computing weights; the optimizer's "
-                        "are float32")
-    checkpointing: bool = option(True, "compute activations again in the backward pass, to save "
-                                 "memory")
-    offload: bool = option(False, "keep the optimizer's state in the host's memory: one GPU trains "
-                           "the 7B")
+    dtype: str = one_of("bfloat16", "float32", help="type of the computing weights")
+    checkpointing: bool = option(True, "compute activations again in the backward pass")
+    offload: bool = option(False, "keep the optimizer's state in the host's memory")
     save_every: int = number(250, "steps between checkpoints (7B: 116 GB each); 0: none at all")
     keep: int = number(2, "number of checkpoints that are kept", above=0)
     sample_every: int = number(0, "steps between samples in samples.jsonl; 0: fifty in a run")
     resume: str = one_of("auto", "never", help="continue from the newest checkpoint in --out, or "
                          "refuse a folder that holds a run")
-    report_to: str = one_of("none", "tensorboard", "wandb", help="where the log also goes, if that "
-                            "package is installed")
+    report_to: str = one_of("none", "tensorboard", "wandb", help="where the log also goes")
     check: bool = option(False, "check model, data and machine, then stop")
 
     @property

@@ -35,7 +35,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
     name: a checkpoint's folder or hub name, or random:3b, random:7b (seed is that of its weights).
     OSError where the checkpoint is missing or incomplete, ValueError where it is of another family.
-    Of its generation_config.json only the end tokens count: what `sample` draws is up to its caller.
+    Of its generation_config.json only the end tokens count.
     """
     logging.disable_progress_bar()
     processor = load_processor(name)

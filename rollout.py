@@ -1,4 +1,4 @@
-"""What a step knows of one prompt: its group of completions, and all that is found out about them."""
+"""What a step knows of one prompt: its group of completions, and what is found out about them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,8 +26,8 @@ class Group:
 
     @cached_property
     def flat_index(self) -> Tensor:
-        """(n,) where the completions' n tokens lie in the flattened rows. Found once, since the host
-        waits for the GPU to count them."""
+        """(n,) where the n tokens of all completions lie in the flattened rows. Found once, since
+        the host waits for the GPU to count them."""
         return self.completion_mask.flatten().nonzero()[:, 0]
 
 

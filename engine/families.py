@@ -60,8 +60,8 @@ def end_tokens(tokenizer, config: PreTrainedConfig, generation: dict) -> list[in
     the tokenizer's; and the end of a turn in the chat template, which base models leave out.
     ValueError where there are none."""
     parts = (config, config.get_text_config())
-    given = (generation.get("eos_token_id"), *(getattr(part, "eos_token_id", None) for part in parts),
-             tokenizer.eos_token_id)
+    given = (generation.get("eos_token_id"),
+             *(getattr(part, "eos_token_id", None) for part in parts), tokenizer.eos_token_id)
     ends = next((ids for ids in given if ids is not None), [])
     ends = {ends} if isinstance(ends, int) else set(ends)
     if "<|im_end|>" in (tokenizer.chat_template or ""):

@@ -24,8 +24,8 @@ def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check_weights(name: str) -> None:
-    """OSError, as there, for a checkpoint's folder before anything is loaded: by the names and shapes
-    in its files. Hub names pass."""
+    """OSError, as there, for a checkpoint's folder before anything is loaded, by the names and
+    shapes in its files. Hub names pass."""
     folder = Path(name)
     if not folder.is_dir():
         return
@@ -38,18 +38,20 @@ def check_weights(name: str) -> None:
             raise OSError(f"{file} is missing")
         try:
             with safe_open(folder / file, "pt") as weights:
-                there |= {new_name(key): weights.get_slice(key).get_shape() for key in weights.keys()}
+                there |= {new_name(key): weights.get_slice(key).get_shape()
+                          for key in weights.keys()}
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from None
     config = read_config(name)
     with torch.device("meta"):
-        wanted = {key: list(x.shape) for key, x in family_of(config).model(config).state_dict().items()}
+        weights = family_of(config).model(config).state_dict()
+    wanted = {key: list(x.shape) for key, x in weights.items()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     compare_weights(name, wanted.keys() - there.keys() - tied,
                     {key for key in there.keys() - wanted.keys() if not key.endswith("inv_freq")})
     for key in wanted.keys() & there.keys():
         if wanted[key] != there[key]:
-            raise OSError(f"{key} has the shape {there[key]}, not {wanted[key]} as config.json says")
+            raise OSError(f"{key} has the shape {there[key]}, config.json wants {wanted[key]}")
 
 
 def new_name(key: str) -> str:

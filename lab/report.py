@@ -198,7 +198,8 @@ def option_tables(runs: list[dict]) -> list[Table]:
 def groups_of(names: list[str]) -> dict[str, list[str]]:
     """The columns of log.jsonl that are drawn, by heading."""
     shares, seconds = ([x for x in names if x.startswith(y)] for y in ("share_", "seconds_"))
-    groups = {"Reward and its parts": ["reward", "accuracy", "format", "length_bonus", "extra_reward"],
+    groups = {"Reward and its parts": ["reward", "accuracy", "format", "length_bonus",
+                                       "extra_reward"],
               "Completions and steps": ["length", "kl", "grad_norm", "skipped"],
               "Share of selected tokens": ["key_share", *shares, "overlap"],
               "Seconds by phase": ["seconds", *seconds]}

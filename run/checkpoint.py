@@ -97,12 +97,12 @@ def save(out: Path, model, processor, optimizer, state: dict, o: Options) -> Non
         part.rename(final)
         for old in all_of(out)[:-o.keep]:
             shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
-    all_reduce_sum({"ranks": 1}, model.device)      # nobody goes on before the checkpoint is in place
+    all_reduce_sum({"ranks": 1}, model.device)          # none goes on before it is in place
 
 
 def check_made_by(folder: Path, made_by: dict) -> None:
-    """SystemExit where a checkpoint was made otherwise than a run that begins now (by another number
-    of processes, under other options or data), or is not whole: it cannot be continued."""
+    """SystemExit where a checkpoint cannot be continued by a run that begins now: it was made by
+    another number of processes, under other options or data, or is not whole."""
     files, ranks = sorted((folder / "training_state").glob("rank-*.pt")), made_by["processes"]
     there = made_by if not files else torch.load(       # any file says what made it
         files[0], map_location="cpu", weights_only=True, mmap=True)["made_by"]

@@ -74,8 +74,8 @@ def main() -> int:
     shown, options = sys.argv[1].split(), sys.argv[2:]
     gpus = torch.cuda.device_count()
     if gpus == 0 and os.environ.get("DEVICE") != "cpu":
-        raise SystemExit("error: no GPU found; the 7B recipe needs some (MODEL=cold_start DEVICE=cpu "
-                         "tries it with a tiny model)")
+        raise SystemExit("error: no GPU found; the 7B recipe needs some (MODEL=cold_start "
+                         "DEVICE=cpu tries it with a tiny model)")
     nproc = int(os.environ.get("NPROC") or gpus or 1)
     torchrun = rendezvous(nproc)
     environment = {**os.environ, "LOCAL_WORLD_SIZE": str(nproc)}

@@ -20,8 +20,8 @@ from options import Options
 
 PHASES = ("data", "sample", "score", "reference", "attribute", "backward", "step")
 METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "length_bonus", "extra_reward",
-           "length", "ended", "tokens", "loss", "kl", "clipped", "dropped", "entropy", "key_share", "overlap",
-           "sampling_gap")
+           "length", "ended", "tokens", "loss", "kl", "clipped", "dropped", "entropy",
+           "key_share", "overlap", "sampling_gap")
 OF_THE_LOSS = ("kl", "clipped")         # means over the groups that bear the loss
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
 GIB = 2 ** 30
@@ -204,7 +204,7 @@ class Log:
         if self.reporter:
             send, end = self.reporter
             send(row)
-            if step == steps:                   # exit_process() ends the process before others could
+            if step == steps:                   # exit_process() leaves no other chance
                 end()
 
     def skip(self, skipped, step: int) -> None:

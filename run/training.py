@@ -127,8 +127,8 @@ class Training:
                 r, self.state["step"], self.processor.tokenizer, watched=r is watched))
 
     def save_when_due(self, stopping: bool) -> None:
-        """A checkpoint when it is due; SystemExit where the run must end: a signal asked for it, the
-        model has broken, or the data is not what it should be."""
+        """A checkpoint when it is due. SystemExit where the run must end: a signal asked for it,
+        the model has broken, or too many records cannot be used."""
         o, out, done, steps = self.o, Path(self.o.out), self.state["step"], self.stream.steps
         if self.state["not_finite"] >= PATIENCE:
             raise SystemExit(f"error: the gradient was not finite in {PATIENCE} steps in a row; "

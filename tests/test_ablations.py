@@ -342,4 +342,5 @@ def test_the_length_bonus_may_count_selected_tokens(tiny, prompts, what, earned)
     ktr.annotate(o, [r], tiny[0], None, ktr.Clock(torch.device("cpu")))
     assert r.length_bonus.tolist() == pytest.approx(earned)
     deviation = r.rewards.std().item() + 1e-4
-    assert r.advantages.tolist() == pytest.approx([(x - 1.1) / deviation for x in r.rewards.tolist()])
+    want = [(x - 1.1) / deviation for x in r.rewards.tolist()]
+    assert r.advantages.tolist() == pytest.approx(want)

@@ -203,7 +203,8 @@ def test_masked_passes_are_the_librarys_under_a_mask(ours, plain, prompts, group
         keep = half[:int(prompt.visual.sum())]
         some = ~prompt.visual
         some[prompt.visual] = keep
-        hidden, zeroed, thinned = masked(prompt), replace(prompt, zeroed=True), leave_out_tokens(prompt, keep)
+        hidden, zeroed = masked(prompt), replace(prompt, zeroed=True)
+        thinned = leave_out_tokens(prompt, keep)
         changed = score_groups(ours[0], [hidden, zeroed, thinned, prompt], [group] * 4)
         got = [logp for logp, _ in changed]             # one packed row for all
         same(got[0], group, lambda ids: masked_logp(plain, prompt, ids, ~prompt.visual))

@@ -125,7 +125,8 @@ def test_data_and_table_run_where_you_are(tmp_path):
         stub.chmod(0o755)
         made = subprocess.run(["bash", ROOT / "train.sh", *given], cwd=tmp_path, text=True,
                               capture_output=True, env={**os.environ, "PYTHON": str(stub)})
-        assert made.stdout.split("\n")[:2] == [f"{tmp_path} {given[1:]}", str(ROOT / "data.py")], made
+        said = made.stdout.split("\n")[:2]
+        assert said == [f"{tmp_path} {given[1:]}", str(ROOT / "data.py")], made
 
 
 # ---------------------------------------------------------------------------------------- preflight
