@@ -45,6 +45,9 @@ def read_config(name: str) -> PreTrainedConfig:
     none; ValueError, in one line, where it is of no family that is known here."""
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise OSError(f"{name}: no such folder")
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        meant = Path(name, "final")
+        raise OSError(f"{name}: no config.json in it" + f"; the run's model is {meant}" * meant.exists())
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", "unknown")
     if kind not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())

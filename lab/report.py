@@ -85,6 +85,11 @@ def read_run(folder: Path) -> dict:
     rows, notes = read_rows(folder / "log.jsonl")
     samples, more = read_rows(folder / "samples.jsonl", whole)
     notes += more
+    for what, column, value in (("all groups were flat", "flat", 1),
+                                ("no token carried gradient", "key_share", 0)):
+        idle = sum(row.get(column) == value for row in rows)
+        if idle >= 10:
+            notes.append(f"{folder}: in {idle} of {len(rows)} steps {what}: nothing was learnt")
     every = len(rows) // POINTS + 1
     if every > 1:
         notes.append(f"{folder}: the curves show one of {every} steps")

@@ -14,7 +14,7 @@ Besides `toy`, the world of the shipped cold start, there are others (WORLDS): i
 question turns on the frames' order, in `long` most words are fillers chosen by chance.
 
     python -m lab.toy make DIR [--world order]  write clips, images, train.json, test.json
-    python -m lab.toy table RUN                 accuracy before and after
+    python -m lab.toy table RUN [RUN ..]        accuracy before and after
 """
 
 import argparse
@@ -305,22 +305,24 @@ def example_prompt(rng: random.Random, processor: Processor, careless: bool = Tr
 
 
 # ---------------------------------------------------------------------------------------- commands
-def print_table(out: Path) -> None:
-    """What train.sh ends with: accuracy before and after by kind of question."""
-    earlier, later = (json.loads((out / when / "scores.json").read_text())["scores"]
-                      for when in ("before", "after"))
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    print(f"\n{'test questions':16} {'n':>5}   before    after     gain   unparsed")
-    for kind, row in later.items():
-        if row["n"] == 0 or earlier[kind]["n"] == 0:
-            print(f"{kind.removeprefix('kind: '):16} {row['n']:5d}   no score; before: "
-                  f"{earlier[kind]['n']} read")
-            continue
-        before, after = 100 * earlier[kind]["strict"], 100 * row["strict"]
-        print(f"{kind.removeprefix('kind: '):16} {row['n']:5d}   {before:5.1f}%   {after:5.1f}%   "
-              f"{after - before:+5.1f}   {row['unparsed']:8d}")
-    print(f"{len(log)} steps in {sum(row['seconds'] for row in log):.0f} s; checkpoint "
-          f"{out / 'final'}, log {out / 'log.jsonl'}, samples {out / 'samples.jsonl'}")
+def print_table(runs: list[Path]) -> None:
+    """What train.sh ends with: accuracy before and after, by kind of question; of several runs,
+    which began alike, beside each other."""
+    before = json.loads((runs[0] / "before" / "scores.json").read_text())["scores"]
+    after = [json.loads((run / "after" / "scores.json").read_text())["scores"] for run in runs]
+    heads = ["after"] if len(runs) == 1 else [str(run) for run in runs]
+    print(f"\n{'test questions':16} {'n':>5}   before", *(f"{head:>16}" for head in heads))
+    for kind, row in before.items():
+        cells = []
+        for one in (scores[kind] for scores in after):
+            gain = 100 * (one["strict"] - row["strict"])
+            cells.append(f"{100 * one['strict']:7.1f}% ({gain:+5.1f})" if one["n"] else "no score")
+        first = f"{100 * row['strict']:7.1f}%" if row["n"] else "no score"
+        print(f"{kind.removeprefix('kind: '):16} {row['n']:5d} {first}", *(f"{x:>16}" for x in cells))
+    for run, scores in zip(runs, after):
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        print(f"{run}: {len(log)} steps in {sum(row['seconds'] for row in log):.0f} s, "
+              f"{scores['all']['unparsed']} answers unparsed; checkpoint {run / 'final'}")
 
 
 def main() -> None:
@@ -328,15 +330,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=["make", "table"])
-    add("folder", type=Path, nargs="?", default=Path("toy_world"),
-        help="the folder that `make` fills, or the run of `table`")
+    add("folders", type=Path, nargs="*", default=[Path("toy_world")],
+        help="the folder that `make` fills, or the runs of `table`")
     add("--world", choices=WORLDS, default="toy", help="what the questions are about")
     add("--test", type=int, default=600, help="number of test questions")
     a = parser.parse_args()
     if a.command == "make":
-        make(a.folder, test=a.test, world=WORLDS[a.world])
+        make(a.folders[0], test=a.test, world=WORLDS[a.world])
     else:
-        print_table(a.folder)
+        print_table(a.folders)
 
 
 if __name__ == "__main__":

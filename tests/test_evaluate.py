@@ -652,3 +652,39 @@ def test_a_mistake_in_the_program_keeps_its_traceback(checkpoint_folder, world, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert "Traceback" in done.stderr and "ValueError: of a library" in done.stderr
+
+
+# ----------------------------------------------------------------------------------- torn, and meant
+def test_a_line_torn_in_the_middle_costs_its_question_only(whole, checkpoint_folder, world, tmp_path,
+                                                           capsys):
+    """As two writers leave it, one of them killed: it is dropped, counted and asked again."""
+    lines = (whole[0] / "predictions.jsonl").read_text().splitlines(keepends=True)
+    torn = [*lines[:5], lines[5][:30] + lines[6], *lines[7:]]
+    (tmp_path / "predictions.jsonl").write_text("".join(torn))
+    main(parse(["--rescore", str(tmp_path)]))
+    assert f"1 of {len(torn)} lines are torn and left out" in capsys.readouterr().out
+    assert main(parse(arguments(checkpoint_folder, world, tmp_path))) == whole[1]
+    _, rows = read_predictions(tmp_path)
+    assert sorted(row["row"] for row in rows) == list(range(24))
+
+
+def test_a_torn_first_line_is_no_file_of_predictions(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"settings": {"mod{"row": 1}\n{"row": 2}\n')
+    with pytest.raises(BadRecord, match="not valid JSON"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+def test_folders_are_compared(whole, capsys):
+    compare(whole[0], whole[0])
+    assert "24 questions that both answered" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, told", [
+    (["--model", "m", "--data", "d"], "--benchmark is needed"),
+    (["--model", "m"], "--data and --benchmark are needed"),
+    (["--model", "m", "--video", "v"], "--question is needed"),
+    ([], "--model and --data and --benchmark are needed (or --video and --question)")])
+def test_the_options_that_are_missing_are_named(given, told, capsys):
+    with pytest.raises(SystemExit):
+        parse(given)
+    assert told in capsys.readouterr().err

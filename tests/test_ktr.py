@@ -16,10 +16,13 @@ from conftest import ROOT
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import ktr
-from run import checkpoint
-from run.logs import rows_of
+from attribution import COUNTERFACTUALS, SCORES
+from lab.report import read_run
 from options import Options
+from rollout import Group, Rollout
+from run import checkpoint, training
 from run.arguments import parse
+from run.logs import rows_of
 
 SMALL = ["--dtype", "float32", "--max_new_tokens", "12", "--G", "4", "--workers", "0",
          "--lr", "1e-3", "--no_checkpointing", "--sample_every", "1000"]
@@ -35,9 +38,10 @@ def arguments(checkpoint_folder, world, out, *more):
 
 @pytest.fixture(autouse=True)
 def ends_on_sigterm():
-    """A run in this process takes SIGTERM for itself; afterwards it ends the tests as usual."""
+    """A run in this process takes signals for itself; afterwards they end the tests as usual."""
     yield
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
 
 
@@ -621,3 +625,106 @@ def test_a_reporter_gets_every_row_and_is_ended(run, tmp_path, monkeypatch):
     rows = log_of(tmp_path / "b")
     told = [(name, value, row["step"]) for row in rows for name, value in row.items()]
     assert heard == [tmp_path / "b", *told, "closed"]
+
+
+# ------------------------------------------------------------------------------------------- books
+def test_another_run_is_not_begun_in_a_used_folder(run, tmp_path):
+    """--resume never; a checkpoint is enough to tell."""
+    run(tmp_path, "--max_steps", 1)
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run(tmp_path, "--max_steps", 1, "--resume", "never")
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in ("999999", "1000000", "000250"):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / "checkpoint-1000001.part").mkdir()
+    assert [path.name[11:] for path in checkpoint.all_of(tmp_path)] == [
+        "000250", "999999", "1000000"]
+
+
+def test_the_kl_is_that_of_groups_that_bear_the_loss(run, tmp_path, monkeypatch):
+    """Dropped groups used to count as 0."""
+    def every_other(o, processor, group, record):
+        some = (torch.arange(len(group.ids)) % 2).float()
+        return (some if record["problem_id"] % 2 else some * 0), some * 0
+    monkeypatch.setattr(ktr, "answer_rewards", every_other)
+    seen, original = [], ktr.grpo_loss
+
+    def loss(*given, **more):
+        found = original(*given, **more)
+        seen.append((bool(given[4].any()), found[1]["kl"].item()))
+        return found
+    monkeypatch.setattr(ktr, "grpo_loss", loss)
+    run(tmp_path, "--max_steps", 3, "--prompts_per_step", 4, "--filter", "accuracy", "--lr", "1e-2")
+    for i, row in enumerate(log_of(tmp_path)):
+        bearing = [kl for bears, kl in seen[4 * i:4 * i + 4] if bears]
+        assert 0 < len(bearing) < 4 or row["dropped"] in (0, 1)
+        assert row["kl"] == pytest.approx(sum(bearing) / max(1, len(bearing)), rel=1e-4, abs=1e-9)
+    assert log_of(tmp_path)[-1]["kl"] > 0 and any(0 < row["dropped"] < 1 for row in log_of(tmp_path))
+
+
+def test_tokens_that_bear_no_loss_do_not_divide_it(tiny, prompts):
+    """--normalize tokens: those of the group with unequal accuracies, of completions not cut."""
+    o = Options(G=2, normalize="tokens", filter="accuracy", mask_cut=True, prompts_per_step=2)
+    mask, rollouts = torch.tensor([[True, True, True], [True, False, False]]), []
+    for accuracy in ([1.0, 0.0], [1.0, 1.0]):
+        group = Group(torch.zeros(2, 3), mask, ended=torch.tensor([True, False]))
+        rollouts.append(Rollout(prompts[0], group, 0, torch.tensor(accuracy), torch.zeros(2),
+                                torch.zeros(2)))
+        ktr.add_rewards(o, rollouts[-1], mask)
+    assert ktr.loss_divisor(o, rollouts, 1, torch.device("cpu")) == 3 / 2
+
+
+def test_another_number_of_steps_is_told(run, tmp_path, capsys):
+    run(tmp_path, "--max_steps", 1)
+    capsys.readouterr()
+    run(tmp_path, "--max_steps", 2)
+    assert ("the run now has 2 steps in place of 1: from here on the learning rate follows another "
+            "cosine") in capsys.readouterr().out
+    run(tmp_path, "--max_steps", 2)
+    assert "in place of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, why", [
+    ([], "in every group all completions earned the same (reward 0.00); "),
+    (["--signals", "mine"], "no token carried gradient: none of --signals mine applied")])
+def test_steps_without_anything_to_learn_are_told(run, tmp_path, monkeypatch, capsys, more, why):
+    """On the console and on the page."""
+    monkeypatch.setattr(training, "IDLE", 3)
+    COUNTERFACTUALS["mine"] = lambda r, o: r.prompt
+    if more:
+        monkeypatch.setattr(ktr, "answer_rewards", ranked)
+    run(tmp_path, "--max_steps", 4, "--save_every", 0, *more)
+    said = capsys.readouterr().out
+    assert said.count(f"nothing was learnt in 3 steps: {why}") == 1
+    rows = log_of(tmp_path) * 3                                     # twelve of them
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    what = "no token carried gradient" if more else "all groups were flat"
+    assert any(f"in 12 of 12 steps {what}" in note for note in read_run(tmp_path)["notes"])
+
+
+def test_a_rule_may_read_the_reference_also_of_the_watched_question(run, tmp_path):
+    SCORES["far"] = lambda r, o: (r.old_logp if r.old_logp is not None else r.logp.detach()
+                                  ) - r.ref_logp
+    run(tmp_path, "--max_steps", 2, "--signals", "far", "--sample_every", 1, "--save_every", 0)
+    watched = [row["watched"] for row in rows_of(tmp_path / "samples.jsonl")]
+    assert watched == [False, True] * 2
+
+
+def test_what_only_a_start_can_refuse_is_refused_before(run, tmp_path):
+    """Another G on a resume, an --out that is a file: before "ready", in one line."""
+    run(tmp_path / "a", "--max_steps", 1)
+    with pytest.raises(SystemExit, match="was made otherwise .G: 4 there, 3 now."):
+        run(tmp_path / "a", "--max_steps", 2, "--G", 3, "--check")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: --out .*file cannot be written"):
+        run(tmp_path / "file", "--max_steps", 1, "--check")
+
+
+def test_a_runs_folder_is_not_its_model(run, tmp_path):
+    run(tmp_path / "a", "--max_steps", 1)
+    with pytest.raises(SystemExit, match=f"no config.json in it; the run's model is .*a/final"):
+        run(tmp_path / "b", "--model", tmp_path / "a")
