@@ -22,8 +22,17 @@ from PIL import Image  # decord does not read still images
 from tqdm import tqdm
 
 from engine.workers import loader
-from prompt import (BadRecord, Processor, Prompt, Vision, by_letter, fit, name_of, one_line,
-                    question_text)
+from prompt import (
+    BadRecord,
+    Processor,
+    Prompt,
+    Vision,
+    by_letter,
+    fit,
+    name_of,
+    one_line,
+    question_text,
+)
 from rewards import ACCURACY, extract_answer, parse_number
 
 FIELDS = {"problem_id": str | int, "problem": str, "solution": str, "path": str, "options": list}

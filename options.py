@@ -58,9 +58,9 @@ class Options:
     # ---- the method: which tokens carry the gradient
     signals: list[str] = option(["visual", "temporal", "entropy"], "names of signals, separated by "
                                 "spaces: visual, temporal, entropy, random, all, or a rule's")
-    ratio: float = number(0.2, "share of the tokens that each signal keeps (paper: 20%%)", maximum=1)
-    shift: str = one_of("abs", "signed", "k3", help="score of a changed log-probability: its change "
-                        "in size, its fall, or an estimate of the KL")
+    ratio: float = number(0.2, "share of the tokens that a signal keeps (paper: 20%%)", maximum=1)
+    shift: str = one_of("abs", "signed", "k3", help="score of a changed log-probability: by how "
+                        "much it changes, or falls, or an estimate of the KL")
     positions: str = one_of("unchanged", "moved", help="positions of the text when the video is "
                             "masked: unchanged, or moved up to close the gap")
     pool: str = one_of("group", "response", help="tokens that compete for the top share")

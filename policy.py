@@ -89,9 +89,13 @@ def plain_score(model: nn.Module, prompt: Prompt, completions: Tensor) -> tuple[
                  f"{grid}_grid_thw": torch.tensor([prompt.grid] * G, device=device)}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
                    position_ids=positions.expand(-1, G, -1).to(device), use_cache=False,
-                   **media).logits[:, P - 1:-1]
-    logp = logits.float().log_softmax(-1)                                           # (G, T, V)
-    return logp.gather(-1, completions[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+                   **media).logits[:, P - 1:-1]                                     # (G, T, V)
+    rows = []
+    for row, tokens in zip(logits, completions):
+        logp = row.float().log_softmax(-1)                                          # (T, V)
+        rows.append((logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+    logp, entropy = (torch.stack(x) for x in zip(*rows))
+    return logp, entropy
 
 
 def score(model: nn.Module, prompt: Prompt, completions: Tensor | Group,

@@ -58,7 +58,7 @@ def word_accuracy(answer: str, truth: str) -> float:
 
 def rouge(answer: str, truth: str) -> float:
     """Mean F1 of ROUGE-1, -2 and -L, with stemming."""
-    from rouge_score.rouge_scorer import RougeScorer        # slow to import, seldom needed
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, seldom needed
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     return sum(score.fmeasure for score in scorer.score(truth, answer).values()) / 3
 

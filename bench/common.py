@@ -1,5 +1,4 @@
-"""What the benchmarks share: clips of random frames, the usual way of scoring and generating,
-timing, notes."""
+"""What the benchmarks share: clips of random frames, the usual way of generating, timing, notes."""
 
 import json
 import os
@@ -107,16 +106,11 @@ def new_prompt(
 
 
 # -------------------------------------------------------------------------------- the usual way
-def usual_inputs(prompt, G: int, completions=None):
-    """What transformers' forward takes: the prompt repeated for each completion."""
+def usual_inputs(prompt, G: int):
+    """What transformers' generate takes, the prompt repeated."""
     ids = prompt.ids[None].expand(G, -1).to(DEVICE)
     kinds = torch.zeros_like(ids)
     kinds[:, prompt.visual.to(DEVICE)] = 2
-    if completions is not None:
-        ids, kinds = (
-            torch.cat([ids, completions], 1),
-            torch.cat([kinds, torch.zeros_like(completions)], 1),
-        )
     pixels = patches(prompt.frames.to(DEVICE), prompt.vision).to(torch.bfloat16)
     return dict(
         input_ids=ids,
@@ -126,18 +120,6 @@ def usual_inputs(prompt, G: int, completions=None):
         video_grid_thw=torch.tensor([prompt.grid] * G, device=DEVICE),
         second_per_grid_ts=torch.tensor([prompt.seconds] * G),
     )
-
-
-def usual_logp(model, prompt, completions, mask_video: bool = False):
-    """Per-token log-probabilities with full logits, row by row, as the released trainers do it."""
-    inputs = usual_inputs(prompt, len(completions), completions)
-    if mask_video:
-        inputs["attention_mask"] = (inputs["input_ids"] != model.config.video_token_id).long()
-    logits = model(**inputs, use_cache=False).logits[:, len(prompt.ids) - 1 : -1]
-    rows = [
-        row.log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, completions)
-    ]
-    return torch.stack(rows)
 
 
 def usual_generate(model, prompt, G: int, T: int, **more):

@@ -33,16 +33,15 @@ from bench.common import (
     peak,
     seconds,
     usual_generate,
-    usual_logp,
 )
 from engine import blank
-from engine.sharded import ShardedAdamW
 from engine.prepare import recompute
+from engine.sharded import ShardedAdamW
 from ktr import add_rewards, learn, loss_divisor
-from policy import evaluating, load, sample, score_groups
+from policy import evaluating, load, plain_score, sample, score_groups
 from rollout import Group, Rollout
-from run.logs import Clock
 from run.arguments import parse
+from run.logs import Clock
 from run.training import Scorer
 
 PHASES = ("decode", "plain", "ours", "four", "lengths", "memory")        # the default
@@ -285,12 +284,13 @@ class Bench:
             )
             ids, shuffled = kept["ids"], prompt.with_frames(
                 prompt.frames[torch.randperm(len(prompt.frames))])
-            usual_logp(model, prompt, ids[:1])
-            phases["reference"] = seconds(lambda: usual_logp(model, prompt, ids))
-            phases["masked"] = seconds(lambda: usual_logp(model, prompt, ids, mask_video=True))
-            phases["shuffled"] = seconds(lambda: usual_logp(model, shuffled, ids))
+            plain_score(model, prompt, ids[:1])
+            phases["reference"] = seconds(lambda: plain_score(model, prompt, ids))
+            # masked in the attention there, so that it takes as long as the whole prompt
+            phases["masked"] = seconds(lambda: plain_score(model, prompt, ids))
+            phases["shuffled"] = seconds(lambda: plain_score(model, shuffled, ids))
         model.train()
-        phases["policy"] = seconds(lambda: kept.update(logp=usual_logp(model, prompt, ids)))
+        phases["policy"] = seconds(lambda: kept.update(logp=plain_score(model, prompt, ids)[0]))
         phases["backward"] = seconds(
             lambda: (kept["logp"] - kept["logp"].detach()).exp().mean().backward()
         )

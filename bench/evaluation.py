@@ -48,7 +48,7 @@ def main() -> None:
     )
 
     def answer():
-        sample(model, prompts, 1, T, temperature=0.0, top_p=1.0, ends=())
+        sample(model, prompts, 1, T, temperature=0.0, top_p=1.0, ends=())  # noqa: F821
 
     first = seconds(answer)  # compiles and captures
     torch.cuda.reset_peak_memory_stats()

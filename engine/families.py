@@ -17,8 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ def read_config(name: str) -> PreTrainedConfig:
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise OSError(f"{name}: no such folder")
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        meant = Path(name, "final")
-        raise OSError(f"{name}: no config.json in it" + f"; the run's model is {meant}" * meant.exists())
+        hint = f"; the run's model is {name}/final" if Path(name, "final").exists() else ""
+        raise OSError(f"{name}: no config.json in it{hint}")
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", "unknown")
     if kind not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())

@@ -82,7 +82,7 @@ def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds:
         q_lengths += [P, *own]
         k_lengths += [P, *(P + n for n in own)]
         keys.append(prompt)
-        for n, tail in zip(own, torch.arange(start + P, end).split(own)):
+        for tail in torch.arange(start + P, end).split(own):
             keys += [prompt, tail]
         if not has_varlen(embeds):
             counts = torch.tensor([P, *own])

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.toy import write_y4m
 from engine.weights import weight_count
+from lab.toy import write_y4m
 
 
 def make_clips(folder: Path, frames: int = 16, records: int = 4096) -> None:

@@ -318,7 +318,8 @@ def print_table(runs: list[Path]) -> None:
             gain = 100 * (one["strict"] - row["strict"])
             cells.append(f"{100 * one['strict']:7.1f}% ({gain:+5.1f})" if one["n"] else "no score")
         first = f"{100 * row['strict']:7.1f}%" if row["n"] else "no score"
-        print(f"{kind.removeprefix('kind: '):16} {row['n']:5d} {first}", *(f"{x:>16}" for x in cells))
+        print(f"{kind.removeprefix('kind: '):16} {row['n']:5d} {first}",
+              *(f"{cell:>16}" for cell in cells))
     for run, scores in zip(runs, after):
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         print(f"{run}: {len(log)} steps in {sum(row['seconds'] for row in log):.0f} s, "

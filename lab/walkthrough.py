@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 G, SCALE = 4, 3                 # completions; how much larger the picture is than the clip
 PAGE = """# A walk through one step
 
-The whole of algorithm 1 on one question, with its numbers, by the toy's cold start: what `ktr.py` does
-{prompts} times in each step of `bash train.sh`. Made by `OMP_NUM_THREADS=1 python -m lab.walkthrough`; a test
-makes it again.
+The whole of algorithm 1 on one question, with its numbers, by the toy's cold start: what `ktr.py`
+does eight times in each step of `bash train.sh`. Made by `OMP_NUM_THREADS=1 python -m
+lab.walkthrough`; a test makes it again.
 
 ## The question
 
@@ -45,8 +45,8 @@ makes it again.
 {question}
 ```
 
-`prompt.Processor.prompt` makes {P} tokens of it, of which {V} are the clip's: {frames} frames of 56 x 56 pixels
-are {t} temporal patches of 2 x 2 tokens.
+`prompt.Processor.prompt` makes {P} tokens of it, of which {V} are the clip's: {frames} frames of
+56 x 56 pixels are {t} temporal patches of 2 x 2 tokens.
 
 ## Sample (`policy.sample`)
 
@@ -54,7 +54,7 @@ are {t} temporal patches of 2 x 2 tokens.
 
 ## Rewards and advantages, eq. 1 (`ktr.add_rewards`, `grpo.group_advantages`)
 
-| completion | answer | accuracy | format | reward R | advantage (R - {mean:.3f}) / ({deviation:.3f} + 0.0001) |
+| completion | answer | accuracy | format | reward R | (R - {mean:.2f}) / ({deviation:.2f} + 1e-4) |
 |---|---|---|---|---|---|
 {rewards}
 
@@ -63,10 +63,11 @@ No completion has 320 tokens, so the length bonus is 0.
 ## Attribution, eq. 2 to 5 (`attribution.attribute`)
 
 Completion {row}, token by token: its log-probability; the same when the video is masked
-(`attribution.mask_video`: {masked} tokens of the prompt are left) and when its frames stand in the order
-{order} (`attribution.shuffle_frames`); how far it moves (`attribution.shift`); its entropy. Each signal keeps the
-top 20% of all {tokens} tokens of the group, that is {kept} (`attribution.top_tokens`): V, T, H. A token that any of
-them keeps is a key token (`attribution.union`): {key} of the {tokens}, here {row_key} of {length}.
+(`attribution.mask_video`: {masked} tokens of the prompt are left) and when its frames stand in the
+order {order} (`attribution.shuffle_frames`); how far it moves (`attribution.shift`); its entropy.
+Each signal keeps the top 20% of all {tokens} tokens of the group, that is {kept}
+(`attribution.top_tokens`): V, T, H. A token that any of them keeps is a key token
+(`attribution.union`): {key} of the {tokens}, here {row_key} of {length}.
 
 | token | log p | masked | change | shuffled | change | entropy | kept by |
 |---|---|---|---|---|---|---|---|
@@ -74,8 +75,8 @@ them keeps is a key token (`attribution.union`): {key} of the {tokens}, here {ro
 
 ## The loss, eq. 5 (`grpo.grpo_loss`)
 
-The rollout is used once, so rho = exp(logp - old_logp) = 1 and the clip does not bind; the policy still is the
-reference, so KL = 0. Completion {row} adds
+The rollout is used once, so rho = exp(logp - old_logp) = 1 and the clip does not bind; the policy
+still is the reference, so KL = 0. Completion {row} adds
 
     1/|o| sum_t m_t A = 1/{length} x {row_key} x {advantage:.4f} = {by_hand:.4f}
 
@@ -154,9 +155,9 @@ def walk(folder: Path) -> None:
     rewards = [f"| {g} | {extract_answer(text)} | {r.accuracy[g]:.0f} | {r.format[g]:.0f} | "
                f"{r.rewards[g]:.0f} | {r.advantages[g]:+.4f} |" for g, text in enumerate(texts)]
     page = PAGE.format(
-        prompts=8, frames=len(r.prompt.frames), problem=record["problem"], G=G,
+        frames=len(r.prompt.frames), problem=record["problem"], G=G, t=r.prompt.grid[0],
         options=", ".join(record["options"]) or "none",
-        truth=extract_answer(record["solution"]), question=question_text(record), t=r.prompt.grid[0],
+        truth=extract_answer(record["solution"]), question=question_text(record),
         P=len(r.prompt.ids), V=int(r.prompt.visual.sum()), rewards="\n".join(rewards), row=row,
         completions="\n".join(f"{g}. `{text}`" for g, text in enumerate(texts)),
         mean=float(r.rewards.mean()), deviation=float(r.rewards.std()),

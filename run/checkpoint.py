@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from run.distributed import all_reduce_sum
 from options import Options
+from run.distributed import all_reduce_sum
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 CARD = """---

@@ -117,9 +117,3 @@ def as_in_transformers_5(processor, prompt):
     """The same prompt with the text's positions as transformers 5 makes them, generate too."""
     apart = prompt.seconds / prompt.vision.temporal
     return processor.prompt(prompt.record, prompt.frames, apart, text_after="frame")
-
-
-def plain_logp(model, prompt, completion):
-    """(n, V) log-probabilities that the plain forward gives for each completion token."""
-    logits = model(**plain_inputs(prompt, completion)).logits[0, len(prompt.ids) - 1:-1]
-    return logits.log_softmax(-1)

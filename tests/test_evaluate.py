@@ -16,9 +16,23 @@ from conftest import ROOT, plain_inputs
 import evaluate
 from data import read_json
 from engine.decoding import vision_tokens
-from evaluate import (BENCHMARKS, FACTS, PROTOCOLS, compare, main, paired, parse, part_of,
-                      published, read_predictions, read_questions, report, summarise, wilson,
-                      worded)
+from evaluate import (
+    BENCHMARKS,
+    FACTS,
+    PROTOCOLS,
+    compare,
+    main,
+    paired,
+    parse,
+    part_of,
+    published,
+    read_predictions,
+    read_questions,
+    report,
+    summarise,
+    wilson,
+    worded,
+)
 from grading import grade, lenient_choice
 from lab import toy
 from lab.holmes import converted
@@ -654,9 +668,9 @@ def test_a_mistake_in_the_program_keeps_its_traceback(checkpoint_folder, world, 
     assert "Traceback" in done.stderr and "ValueError: of a library" in done.stderr
 
 
-# ----------------------------------------------------------------------------------- torn, and meant
-def test_a_line_torn_in_the_middle_costs_its_question_only(whole, checkpoint_folder, world, tmp_path,
-                                                           capsys):
+# ---------------------------------------------------------------------------------- torn, and meant
+def test_a_line_torn_in_the_middle_costs_its_question(whole, checkpoint_folder, world, tmp_path,
+                                                      capsys):
     """As two writers leave it, one of them killed: it is dropped, counted and asked again."""
     lines = (whole[0] / "predictions.jsonl").read_text().splitlines(keepends=True)
     torn = [*lines[:5], lines[5][:30] + lines[6], *lines[7:]]

@@ -23,8 +23,8 @@ from engine.prepare import recompute
 from lab import cold_start, toy
 from lab.rules.common import leave_out_tokens
 from lab.rules.frame_orders import rearranged, with_times
-from policy import sample, score, score_groups
 from options import Options
+from policy import plain_score, sample, score, score_groups
 from rollout import Rollout
 from run.arguments import parse
 
@@ -90,7 +90,7 @@ def logp_of(logits, prompt, ids):
 
 
 def plain_logp(plain, prompt, ids):
-    return logp_of(plain(**inputs_of(plain, prompt, ids)).logits, prompt, ids)
+    return plain_score(plain, prompt, ids[None])[0][0]
 
 
 def masked_logp(plain, prompt, ids, visible, size=1.0):

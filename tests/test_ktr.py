@@ -663,7 +663,8 @@ def test_the_kl_is_that_of_groups_that_bear_the_loss(run, tmp_path, monkeypatch)
         bearing = [kl for bears, kl in seen[4 * i:4 * i + 4] if bears]
         assert 0 < len(bearing) < 4 or row["dropped"] in (0, 1)
         assert row["kl"] == pytest.approx(sum(bearing) / max(1, len(bearing)), rel=1e-4, abs=1e-9)
-    assert log_of(tmp_path)[-1]["kl"] > 0 and any(0 < row["dropped"] < 1 for row in log_of(tmp_path))
+    log = log_of(tmp_path)
+    assert log[-1]["kl"] > 0 and any(0 < row["dropped"] < 1 for row in log)
 
 
 def test_tokens_that_bear_no_loss_do_not_divide_it(tiny, prompts):
@@ -726,5 +727,5 @@ def test_what_only_a_start_can_refuse_is_refused_before(run, tmp_path):
 
 def test_a_runs_folder_is_not_its_model(run, tmp_path):
     run(tmp_path / "a", "--max_steps", 1)
-    with pytest.raises(SystemExit, match=f"no config.json in it; the run's model is .*a/final"):
+    with pytest.raises(SystemExit, match="no config.json in it; the run's model is .*a/final"):
         run(tmp_path / "b", "--model", tmp_path / "a")

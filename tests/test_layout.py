@@ -1,7 +1,6 @@
 """The house: imports point one way, lines and main stay short, the budgets hold."""
 
 import ast
-from pathlib import Path
 
 import pytest
 from conftest import ROOT

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import as_in_transformers_5, masked, plain_inputs, plain_logp
+from conftest import as_in_transformers_5, masked, plain_inputs
 
 import policy
+from engine import scoring
 from engine.decoding import vision_tokens
 from engine.prepare import recompute
-from engine import scoring
 from engine.scoring import TokenStats
 from lab.rules.common import leave_out_tokens
-from policy import batches, sample, score, score_groups
+from policy import batches, plain_score, sample, score, score_groups
 from rollout import Group
 
 ENDS = [2, 20, 30, 40]          # several end tokens, so that a random model ends at all
@@ -37,11 +37,24 @@ def test_the_shared_prompt_equals_the_plain_forward(tiny, plain, prompts, groups
     for prompt, group in zip(prompts, groups):
         logp, entropy = score(tiny[0], prompt, group)
         for g, n in enumerate(group.lengths):
-            want = plain_logp(plain, prompt, group.ids[g, :n])
-            sampled = want.gather(-1, group.ids[g, :n, None])[:, 0]
-            assert torch.allclose(logp[g, :n], sampled, atol=1e-5)
-            assert torch.allclose(entropy[g, :n], -(want.exp() * want).sum(-1), atol=1e-5)
+            want = plain_score(plain, prompt, group.ids[g:g + 1, :n])
+            assert torch.allclose(logp[g, :n], want[0][0], atol=1e-5)
+            assert torch.allclose(entropy[g, :n], want[1][0], atol=1e-5)
             assert (logp[g, n:] == 0).all() and (entropy[g, n:] == 0).all()
+
+
+@torch.no_grad()
+def test_the_plain_forward_is_transformers_own(tiny, plain, prompts):
+    """At its own positions, whole distributions, one completion at a time."""
+    ids = torch.randint(9, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    for prompt in (as_in_transformers_5(tiny[1], prompt) for prompt in prompts):
+        logp, entropy = plain_score(plain, prompt, ids)
+        for g in range(3):
+            inputs = plain_inputs(prompt, ids[g])
+            inputs.pop("position_ids")
+            want = plain(**inputs).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
+            assert torch.allclose(logp[g], want.gather(-1, ids[g][:, None])[:, 0], atol=1e-5)
+            assert torch.allclose(entropy[g], -(want.exp() * want).sum(-1), atol=1e-5)
 
 
 def test_what_sampling_saw_is_what_scoring_finds(tiny, prompts, groups):
@@ -68,7 +81,7 @@ def test_gradients_equal_the_plain_forwards(tiny, plain, prompts, groups, checkp
     model.eval()
     for g, n in enumerate(group.lengths):
         ids = group.ids[g, :n]
-        logp = plain_logp(plain, prompt, ids).gather(-1, ids[:, None])[:, 0]
+        logp = plain_score(plain, prompt, ids[None])[0][0]
         (logp * weights[g, :n]).sum().backward()
     for (name, a), b in zip(model.named_parameters(), plain.parameters()):
         tolerance = 1e-5 * max(1, b.grad.abs().max())

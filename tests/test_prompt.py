@@ -11,8 +11,20 @@ from conftest import ROOT, as_in_transformers_5, masked, plain_inputs
 import data
 from lab import toy
 from lab.rules.common import leave_out_tokens
-from prompt import (QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, by_letter, fit,
-                    one_line, patches, question_text, rope_positions, target_size)
+from prompt import (
+    QUESTION_EVAL,
+    QUESTION_TRAIN,
+    TYPE,
+    BadRecord,
+    Vision,
+    by_letter,
+    fit,
+    one_line,
+    patches,
+    question_text,
+    rope_positions,
+    target_size,
+)
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "processor.npz")
 

@@ -7,9 +7,9 @@ from conftest import ROOT
 from test_ktr import arguments, log_of
 
 import ktr
-from run.logs import METRICS, PHASES
 from options import Options
 from run.arguments import parse
+from run.logs import METRICS, PHASES
 
 README = (ROOT / "README.md").read_text()
 CHOICES = (ROOT / "docs/choices.md").read_text().replace("\\|", "|")

@@ -16,8 +16,8 @@ from conftest import ROOT
 
 from lab import report, toy
 from lab.stats import quantile
-from run.logs import METRICS, Clock, Log
 from run.arguments import parse
+from run.logs import METRICS, Clock, Log
 
 EVIL = "</script x><script>window.hacked = 1; document.title = 'hacked'</script>\u2028&amp;"
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_ktr import arguments, finish, log_of, start, torchrun
 
 import ktr
-from attribution import COUNTERFACTUALS, SCORES, WEIGHTS
+from attribution import SCORES, WEIGHTS
 from grpo import ADVANTAGES, PENALTIES, grpo_loss
 from ktr import find_key_tokens
 from lab.rules import common, dr_grpo, papo, per_signal, pgpo, t_grpo, tw_grpo, vppo

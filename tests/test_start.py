@@ -12,9 +12,9 @@ import evaluate
 import policy
 from engine import weights
 from lab import cold_start
+from options import Options
 from policy import load, load_processor
 from prompt import Processor
-from options import Options
 from run.preflight import check_start
 
 

@@ -9,13 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import plain_logp
 
 import ktr
 from lab import gradients, report, stats, study
 from lab.stats import detectable, holm, interval, p_value, quantile
 from lab.study import outcome
-from policy import sample
+from policy import plain_score, sample
 from run.arguments import parse
 from run.rules import check_names
 
@@ -356,7 +355,7 @@ def test_gradients_of_the_parts_make_the_whole(checkpoint_folder, tiny, plain, w
     assert rewards.std() > 0                            # or the question tells nothing
     losses = []
     for row, advantage in zip(rows, (rewards - rewards.mean()) / (rewards.std() + 1e-4)):
-        logp = plain_logp(plain, prompt, row).gather(-1, row[:, None])[:, 0]
+        logp = plain_score(plain, prompt, row[None])[0][0]
         losses.append(-advantage * logp.mean())
     last = list(plain.model.language_model.layers[-1].parameters())
     parts = torch.autograd.grad(sum(losses), last)

@@ -14,8 +14,8 @@ from data import Limits, Prompts, read_records, read_video
 from lab import cold_start, toy
 from lab.attribution_table import CLASSES, attribution_table, classes_and_places
 from policy import sample
-from rollout import Group
 from rewards import accuracy_reward, extract_answer, format_reward
+from rollout import Group
 
 SAID = ("<think> hmm , let me see . i see a red circle upward . first circle . 2 flashes . "
         "so circle red A . </think> <answer> A </answer>")

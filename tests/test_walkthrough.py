@@ -30,7 +30,8 @@ def test_its_numbers_hang_together():
     deviation = (sum((x - mean) ** 2 for x in rewards) / 3) ** 0.5
     for accuracy, form, reward, advantage in rows:
         assert int(accuracy) + int(form) == int(reward)
-        assert float(advantage) == pytest.approx((int(reward) - mean) / (deviation + 1e-4), abs=1e-3)
+        want = (int(reward) - mean) / (deviation + 1e-4)
+        assert float(advantage) == pytest.approx(want, abs=1e-3)
     tokens = re.findall(r"^\| `(.+)` \|(.*)\| ([VTH ]*) \|$", page, flags=re.M)
     key, length = sum(bool(kept.strip()) for *_, kept in tokens), len(tokens)
     said = re.search(r"= 1/(\d+) x (\d+) x ([\d.-]+) = ([\d.-]+)", page)

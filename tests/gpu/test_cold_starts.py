@@ -4,7 +4,6 @@ import subprocess
 import time
 
 import torch
-
 from launch import ROOT, clips, command, environment, steps_of  # noqa: F401
 
 

@@ -4,6 +4,7 @@ with transformers."""
 import pytest
 import torch
 import torch.nn.functional as F
+from launch import random_prompt
 from torch import nn
 
 from engine import blank, sharded, thin
@@ -12,7 +13,6 @@ from engine.decoding import choose
 from engine.packing import Step
 from engine.prepare import prepare, recompute
 from engine.sharded import ShardedAdamW, flatten
-from launch import random_prompt
 from policy import load_processor, sample, score, score_groups
 from rollout import Group
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
 from launch import ROOT, clips, command, environment, finish, steps_of  # noqa: F401
 
 

@@ -13,7 +13,7 @@ from conftest import masked, plain_inputs
 from engine import blank
 from engine.decoding import vision_tokens
 from engine.prepare import prepare, recompute
-from policy import load_processor, sample, score, score_groups
+from policy import load_processor, plain_score, sample, score, score_groups
 from prompt import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -62,11 +62,7 @@ def inputs_of(model, prompt, completion=None):
 @torch.no_grad()
 def plain_scores(model, prompt, rows):
     """transformers' own (G, T) log-probabilities."""
-    found = []
-    for ids in rows:
-        logits = model(**inputs_of(model, prompt, ids)).logits[0, len(prompt.ids) - 1:-1].float()
-        found.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
-    return torch.stack(found)
+    return plain_score(model, prompt, rows)[0]
 
 
 def test_fp32_equals_transformers(name, plain, prompts):
