@@ -8,17 +8,14 @@
 
 `--protocol` is a known way of measuring: benchmarks.json holds them, and the published figures.
 Answers go to OUT/predictions.jsonl as they are made, below a line with the settings; starting again
-continues, with any number of processes, and refuses other settings. `grading.grade` defines the
-strict and the lenient score. Answers of other programs in Video-R1's form are scored as well.
+continues, with any number of processes, and refuses other settings. lab/scores.py makes the tables.
 """
 
 import argparse
 import fcntl
 import hashlib
 import json
-import math
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import groupby, islice
@@ -28,16 +25,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import KNOWN, Limits, Prompts, Skipped, check_record, load_media, read_json
+from data import Limits, Prompts, Skipped, check_record, load_media, read_json
 from engine.workers import loader
-from grading import grade
+from lab.scores import BENCHMARKS, FACTS, PROTOCOLS, compare, read_predictions, report
 from policy import load, load_processor, sample
 from prompt import QUESTION_EVAL, BadRecord, Prompt, by_letter, name_of, question_text
-from rewards import extract_answer
 from run.distributed import distributed, run_program
-
-FACTS = json.loads(Path(__file__).with_name("benchmarks.json").read_text("utf-8"))
-PROTOCOLS, BENCHMARKS = FACTS["protocols"], FACTS["benchmarks"]
 
 
 # --------------------------------------------------------------------------------------- questions
@@ -169,187 +162,6 @@ def run(a: argparse.Namespace) -> dict | None:
         scores = {"settings": settings, "scores": table}
         Path(a.out, "scores.json").write_text(json.dumps(scores, indent=1))
         return table
-
-
-# ------------------------------------------------------------------------------------------ scores
-def gradable(row: dict) -> bool:
-    """Whether `grade` can take a row of predictions, with defaults for what others leave out."""
-    if not (isinstance(row["options"], list) and isinstance(row["row"], int)):
-        return False
-    texts = [row.get("output", row.get("unreadable")), row.get("solution"), *row["options"]]
-    return row["problem_type"] in KNOWN["problem_type"] and all(isinstance(t, str) for t in texts)
-
-
-def predictions_in(path: str | Path) -> Path:
-    """The file of predictions that a folder of `--out` holds, or that is named itself."""
-    return Path(path, "predictions.jsonl") if Path(path).is_dir() else Path(path)
-
-
-def whole_lines(path: Path) -> list:
-    """The lines of a file that are JSON; says how many are not."""
-    rows, lines = [], [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    print(f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are torn and left out; their "
-          "questions are asked again where the run is continued")
-    return rows
-
-
-def read_predictions(path: str | Path) -> tuple[dict, list[dict]]:
-    """(settings, rows with "grade") of a file that `run` wrote, or of others' in Video-R1's form,
-    which do not say their settings ({}). BadRecord where there is nothing to grade."""
-    path = predictions_in(path)
-    try:
-        rows, settings, latest = read_json(path), {}, {}
-    except BadRecord as error:                  # a line that two writers or a kill have torn
-        rows, settings, latest = whole_lines(path), {}, {}
-        if not (rows and isinstance(rows[0], dict) and "settings" in rows[0]):
-            raise error from None
-    if rows and isinstance(rows[0], dict) and "settings" in rows[0]:
-        settings = rows.pop(0)["settings"]
-    elif not rows:
-        raise BadRecord(f"{path}: holds no predictions")
-    for number, given in enumerate(rows):
-        fields = given if isinstance(given, dict) else {}
-        row = {"row": number, "path": number, "problem": "", "problem_type": "multiple choice",
-               **fields, "options": fields.get("options") or []}
-        if not gradable(row):
-            raise BadRecord(f"{path}: row {number} is no prediction: its 'output' and 'solution' "
-                            f"are texts, its options and problem_type as data.py knows them")
-        if "output" in row:
-            row["grade"] = grade(row["output"], row["solution"], row["problem_type"],
-                                 row["options"])
-        latest[row["row"]] = row                # a clip that could be read later replaces its note
-    return settings, list(latest.values())
-
-
-def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a mean p of n scores (Wilson 1927), inside [0, 1]; of none: all of it.
-    Scores between 0 and 1 (regression) vary less than the p (1 - p) that it takes."""
-    if n == 0:
-        return 0.0, 1.0
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
-
-
-def paired(differences: list[tuple[float, str]]) -> tuple[float, float]:
-    """(mean, half of its 95% interval) of (difference at a question, path of its clip).
-
-    Questions about one clip are not independent, so the error of n questions is clustered:
-    1.96 sqrt(K/(K-1) sum over K >= 2 clips of (sum of difference - mean)^2) / n.
-    """
-    n, of_clip = len(differences), defaultdict(float)
-    mean = sum(difference for difference, _ in differences) / n
-    for difference, path in differences:
-        of_clip[path] += difference - mean
-    K = len(of_clip)
-    return mean, 1.96 * math.sqrt(K / (K - 1) * sum(x * x for x in of_clip.values())) / n
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Counts, mean scores, the strict score's interval, and what the commonest letter alone would
-    score on all multiple choice questions. What is unreadable is not wrong."""
-    answered = [row for row in rows if "grade" in row]
-    n = len(answered)
-    strict = sum(row["grade"][0] for row in answered) / max(1, n)
-    lenient = sum(row["grade"][1] for row in answered) / max(1, n)
-    unparsed = sum(not row["grade"][2] for row in answered)
-    letters = [extract_answer(row["solution"]) or row["solution"].strip() for row in rows
-               if row["problem_type"] == "multiple choice"]
-    letter = max(sorted(set(letters)), key=letters.count, default="no letter")
-    return {"n": n, "strict": strict, "interval": wilson(strict, n), "lenient": lenient,
-            "unparsed": unparsed, "unreadable": len(rows) - n,
-            "always": (letter, letters.count(letter) / max(1, len(letters)))}
-
-
-def part_of(row: dict, split: dict) -> str | None:
-    """The part of a split (benchmarks.json) that a row belongs to; None if it does not say."""
-    folders, rows = split.get("folders", {}), split.get("rows", {})
-    folder = Path(str(row["path"])).parent.name
-    parts = [str(row[field]) for field in split.get("fields", ()) if row.get(field)]
-    parts += [part for part, names in folders.items() if folder in names]
-    parts += [part for part, (first, last) in rows.items() if first <= row["row"] <= last]
-    return parts[0] if parts else None
-
-
-def published(settings: dict) -> dict[str, float]:
-    """{model: its published score}; empty unless it was measured with exactly these settings."""
-    protocol, frames = PROTOCOLS.get(settings.get("protocol")), settings.get("frames")
-    if protocol is None:                        # of another program, or an older commit
-        return {}
-    needed = protocol["options"] | {"frames": frames}
-    if any(settings.get(name) != value for name, value in needed.items()):
-        return {}
-    return protocol["published"].get(str(frames), {}).get(settings["benchmark"], {})
-
-
-def report(settings: dict, rows: list[dict]) -> dict:
-    """Print the table of a benchmark, all and by its usual splits; returns it."""
-    benchmark, parts = BENCHMARKS[settings["benchmark"]], defaultdict(list)
-    for row in rows:
-        for name, split in benchmark["splits"].items():
-            part = part_of(row, split)
-            if part is not None:
-                parts[f"{name}: {part}"].append(row)
-    table = {"all": summarise(rows)} | {name: summarise(parts[name]) for name in sorted(parts)}
-    for name, s in table.items():
-        if s["n"] == 0:                         # nothing could be read: no score
-            print(f"{name:40}     0 answers; {s['unreadable']} unreadable")
-            continue
-        low, high = s["interval"]
-        print(f"{name:40} {s['n']:5d} answers: strict {s['strict']:6.1%} "
-              f"({low:6.1%} to {high:6.1%}), lenient {s['lenient']:6.1%}, "
-              f"{s['unparsed']} unparsed; {s['unreadable']} unreadable")
-    split = benchmark.get("mean_of")            # the benchmark's custom
-    types = [s for name, s in table.items() if name.startswith(f"{split}: ") and s["n"]]
-    if len(types) > 1:
-        strict, lenient = (sum(s[k] for s in types) / len(types) for k in ("strict", "lenient"))
-        table["all"]["mean of types"] = [strict, lenient]
-        print(f"mean of the {len(types)} types' means: strict {strict:.1%}, lenient {lenient:.1%}")
-    letter, share = table["all"]["always"]
-    print(f"always answering {letter}: {share:.1%} of the multiple choice questions")
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    size = benchmark["size"] or "no fixed number"
-    print(f"{len(rows)} questions; the whole benchmark has {size}")
-    figures = [f"{model} {score}" for model, score in published(settings).items()]
-    print("published figures:", ", ".join(figures) or "none for these settings")
-    return table
-
-
-def difference(a: list[dict], b: list[dict]) -> dict | None:
-    """A - B over the questions that both answered, {"n", score: {"difference", "interval"}}, with
-    the paired interval; None if these are of fewer than two clips."""
-    others = {(row["row"], row["problem"]): row["grade"] for row in b if "grade" in row}
-    pairs = [(row["grade"], others[row["row"], row["problem"]], row["path"]) for row in a
-             if "grade" in row and (row["row"], row["problem"]) in others]
-    if len({path for *_, path in pairs}) < 2:
-        return None
-    table = {"n": len(pairs)}
-    for i, name in enumerate(("strict", "lenient")):
-        mean, half = paired([(x[i] - y[i], path) for x, y, path in pairs])
-        table[name] = {"difference": mean, "interval": (mean - half, mean + half)}
-    return table
-
-
-def compare(first: str, second: str) -> dict:
-    """Print and return the difference of two files' scores, and what else they differ in."""
-    (ours, a), (theirs, b) = read_predictions(first), read_predictions(second)
-    table = difference(a, b)
-    if table is None:
-        raise BadRecord(f"{first} and {second}: fewer than two clips that both answered")
-    print(f"{table['n']} questions that both answered, of {len(a)} in A and {len(b)} in B")
-    for name in ("strict", "lenient"):
-        mean, (low, high) = table[name].values()
-        print(f"{name:8} A - B {mean:+.1%} +- {(high - low) / 2:.1%}")
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            print(f"they differ in {name}: A {ours.get(name)}, B {theirs.get(name)}")
-    return table
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -23,9 +23,17 @@ from pathlib import Path
 import torch
 
 import evaluate
-from evaluate import BENCHMARKS, PROTOCOLS
 from lab import download, toy
 from lab.report import COLOURS
+from lab.scores import (
+    BENCHMARKS,
+    PROTOCOLS,
+    difference,
+    published_figures,
+    read_predictions,
+    summarise,
+    wilson,
+)
 from prompt import BadRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +91,7 @@ class Cell:
         """Take up the answers that are there; how many questions are left. One whose clip could
         not be read is not left, unless the clip was missing and is there now."""
         try:
-            settings, rows = evaluate.read_predictions(self.out / "predictions.jsonl")
+            settings, rows = read_predictions(self.out / "predictions.jsonl")
         except (OSError, BadRecord):            # none yet, or a line is cut: evaluate.py mends it
             return self.n
         if any(settings.get(name) != value for name, value in self.settings.items()):
@@ -112,16 +120,16 @@ class Cell:
     def result(self) -> dict | None:
         """{"score", "interval", counts, "published"}; None without answers. The published figures
         were sampled at 0.1, so nearly greedily: they stand beside whatever sampling."""
-        s, protocol = evaluate.summarise(self.rows), PROTOCOLS[self.settings["protocol"]]
+        s, protocol = summarise(self.rows), PROTOCOLS[self.settings["protocol"]]
         if s["n"] == 0:
             return None
         usual = {name: protocol["options"][name] for name in ("temperature", "top_p")}
-        published = evaluate.published({**self.settings, **usual})
+        published = published_figures({**self.settings, **usual})
         if published:
             same_data = protocol["same_data"].get(str(self.frames), {})
             published = {**published, **same_data.get(self.benchmark, {})}
         score = s[protocol["score"]]
-        return {"score": score, "interval": evaluate.wilson(score, s["n"]), "n": s["n"],
+        return {"score": score, "interval": wilson(score, s["n"]), "n": s["n"],
                 "questions": self.n, "unreadable": s["unreadable"], "unparsed": s["unparsed"],
                 "published": published}
 
@@ -136,7 +144,7 @@ def table_of(cells: list[Cell]) -> list[dict]:
         scores = {cell.label: cell.result() for cell in (*others, last)}
         name, differences = PROTOCOLS[last.settings["protocol"]]["score"], {}
         for cell in others:
-            found = evaluate.difference(last.rows, cell.rows)
+            found = difference(last.rows, cell.rows)
             differences[f"{last.label} - {cell.label}"] = found and {"n": found["n"], **found[name]}
         published = next((s["published"] for s in scores.values() if s), {})
         table.append({"benchmark": key[0], "frames": key[1], "scores": scores,

@@ -16,26 +16,23 @@ from conftest import ROOT, plain_inputs
 import evaluate
 from data import read_json
 from engine.decoding import vision_tokens
-from evaluate import (
+from evaluate import main, parse, read_questions, worded
+from lab import toy
+from lab.grading import grade, lenient_choice
+from lab.holmes import converted
+from lab.scores import (
     BENCHMARKS,
     FACTS,
     PROTOCOLS,
     compare,
-    main,
     paired,
-    parse,
     part_of,
-    published,
+    published_figures,
     read_predictions,
-    read_questions,
     report,
     summarise,
     wilson,
-    worded,
 )
-from grading import grade, lenient_choice
-from lab import toy
-from lab.holmes import converted
 from prompt import QUESTION_EVAL, BadRecord, by_letter, question_text
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
@@ -174,7 +171,7 @@ def settings_of(protocol, benchmark, **more):
 
 def test_figures_are_for_this_benchmark_protocol_and_frames_only(capsys):
     ours = settings_of("video-ktr", "videomme", frames=32)
-    assert published(ours) == {
+    assert published_figures(ours) == {
         "cold start (Qwen2.5-VL-SFT 7B)": 55.4, "Video-KTR 7B": 60.3}
     for changed in [
             {"benchmark": "mmvu"}, {"protocol": "direct"}, {"protocol": "video-r1"},

@@ -1,6 +1,6 @@
 import pytest
 
-from grading import grade, lenient_choice, lenient_number, relative_accuracy
+from lab.grading import grade, lenient_choice, lenient_number, relative_accuracy
 
 OPTIONS = ["A. Cats sleep", "B. Dogs run", "C. Fish swim", "D. a"]
 

@@ -8,7 +8,7 @@ import torch
 from nltk import edit_distance
 
 from data import BadRecord, check_record, read_json, useless
-from grading import grade
+from lab.grading import grade
 from lab.rules import tw_grpo
 from prompt import question_text
 from rewards import accuracy_reward, extract_answer, format_reward, length_bonus, word_accuracy
