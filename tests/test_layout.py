@@ -148,7 +148,7 @@ import sys
 
 class Refuse:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in ("transformers", "decord", "av", "numpy"):
+        if name.split(".")[0] in ("transformers", "decord", "av"):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Refuse())
