@@ -13,26 +13,19 @@ import os
 import re
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image  # decord does not read still images
 from tqdm import tqdm
 
+from engine.clips import is_picture, read_clip, read_image
 from engine.workers import loader
 from prompt import (
-    BadRecord,
-    Processor,
-    Prompt,
-    Vision,
-    by_letter,
-    fit,
-    name_of,
-    one_line,
-    question_text,
-)
+    BadRecord, Processor, Prompt, Vision, by_letter, fit, name_of, one_line, question_text)
 from rewards import ACCURACY, extract_answer, parse_number
 
 FIELDS = {"problem_id": str | int, "problem": str, "solution": str, "path": str, "options": list}
@@ -40,9 +33,6 @@ KNOWN = {"data_type": ("video", "image"), "problem_type": tuple(ACCURACY)}
 NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?([eE][-+]?\d+)?")
 CONTROL = re.compile(r"<\|\w+\|>")           # how special tokens look
 FRAME_PIXELS, CLIP_PIXELS = 128 * 28 * 28, int(0.9 * 128000 * 28 * 28)      # the release's
-DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
-    MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
-    Image.DecompressionBombError)
 # stands where a Prompt would; lost: its decoding process died or hung
 Skipped = namedtuple("Skipped", "record reason lost", defaults=[False])
 
@@ -149,33 +139,14 @@ def frame_indices(total: int, fps: float, max_frames=16, sample_fps=2.0) -> list
     return torch.linspace(0, total - 1, n).round().long().tolist()
 
 
-def read_video(path: Path, max_frames=16, sample_fps=2.0,
-               stamped: bool = False) -> tuple[np.ndarray, float]:
-    """Frames (n, H, W, 3) uint8 and the seconds between them: the clip's length / n, as the Qwen2
-    families learnt it, or as the frames' times say (`stamped`)."""
-    import decord
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        total, fps = len(reader), reader.get_avg_fps()
-        if total < 1 or not 0 < fps < 1e6:
-            raise ValueError("no frames, or no frame rate")
-        indices = frame_indices(total, fps, max_frames, sample_fps)
-        frames = reader.get_batch(indices).asnumpy()
-        if stamped:
-            return frames, indices[-1] / fps / max(1, len(indices) - 1)
-        return frames, total / fps / len(indices)
-    except decord.DECORDError as error:
-        raise ValueError(error) from None
-
-
-def read_image(path: Path) -> np.ndarray:
-    """(1, H, W, 3) uint8, what is transparent on white."""
-    with Image.open(path) as image:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))[None]
+def read_video(path: Path, max_frames=16, sample_fps=2.0, stamped: bool = False,
+               resize: Callable = lambda frames, n: frames) -> tuple[np.ndarray, float | list]:
+    """n frames (n, H, W, 3) uint8, or what resize(some of them, n) makes as they come, and the
+    seconds between them: the clip's length / n, as the Qwen2 families learnt it; or, `stamped`, a
+    list of each one's seconds after the first."""
+    choose = partial(frame_indices, max_frames=max_frames, sample_fps=sample_fps)
+    frames, times, duration = read_clip(path, choose, resize)
+    return np.concatenate(frames), times if stamped else duration / len(times)
 
 
 @dataclass(frozen=True)
@@ -203,29 +174,33 @@ class Limits:
 
 
 def load_media(record: dict, root: str | Path, limits: Limits,
-               vision: Vision = Vision()) -> tuple[torch.Tensor, float]:
-    """(n, 3, h, w) uint8 frames, resized under the limits, and the seconds between them.
-    BadRecord names the record and the file."""
+               vision: Vision = Vision()) -> tuple[torch.Tensor, float | list[float]]:
+    """(n, 3, h, w) uint8 frames, resized under the limits, and the seconds between them; of a clip,
+    for families whose prompts say times, each frame's. A still picture under "video" is a clip of
+    one frame. BadRecord names the record and the file."""
     kind, path = record["data_type"], Path(root) / os.path.normpath(record["path"])
     name = f"{name_of(record)}: {one_line(path)}"
+
+    def resize(frames: np.ndarray, n: int) -> np.ndarray:
+        least, most = limits.area(kind, n)
+        return fit(frames, most, vision, least).numpy()
+
     if not os.path.isfile(path):                        # False also for a name that is too long
         raise BadRecord(f"{name}: no such file")
     try:
-        if kind == "image":
-            frames, seconds = read_image(path), 1.0
+        if kind == "image" or is_picture(path):
+            frames, seconds = resize(read_image(path), 1), 1.0
         else:
             frames, seconds = read_video(path, limits.max_frames, limits.sample_fps,
-                                         vision.timestamps)
-    except DAMAGED as error:
+                                         vision.timestamps, resize)
+    except BadRecord as error:                          # a shape that no limits allow
+        raise BadRecord(f"{name}: {error}") from None
+    except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadRecord(f"{name}: cannot be decoded: {one_line(reason)}") from None
     if limits.seconds == "one" and not vision.timestamps:
         seconds = 1.0 / vision.temporal
-    least, most = limits.area(kind, len(frames))
-    try:
-        return fit(frames, most, vision, least), seconds
-    except BadRecord as error:                          # a shape that no limits allow
-        raise BadRecord(f"{name}: {error}") from None
+    return torch.from_numpy(frames), seconds
 
 
 class Prompts:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Limits, Prompts, Skipped, check_record, load_media, read_json
+from engine.clips import is_picture
 from engine.workers import loader
 from lab.scores import BENCHMARKS, FACTS, PROTOCOLS, compare, read_predictions, report
 from policy import load, load_processor, sample
@@ -104,7 +105,8 @@ def answers(records: list[dict], a: argparse.Namespace, device: torch.device, ra
 
 def one_question(a: argparse.Namespace) -> None:
     """Print the answer to `--question` about `--video`, a clip or a still image."""
-    image = Path(a.video).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    path = Path(a.videos, a.video)
+    image = path.is_file() and is_picture(path)
     record = {"problem": a.question, "problem_type": "free-form", "options": [], "row": 0,
               "data_type": "image" if image else "video", "path": a.video}
     _, _, device = distributed()

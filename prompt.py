@@ -178,7 +178,7 @@ class Prompt:
     visual: Tensor                      # (P,) bool: where the vision features go
     frames: Tensor | None               # (n, 3, H, W) uint8; None once the video is hidden
     vision: Vision
-    seconds: float                      # between two temporal patches
+    seconds: float                      # between two temporal patches, on average
     kept: Tensor | None = None          # (V,) bool: vision features still in the prompt; None: all
     zeroed: bool = False                # zeros stand in place of the vision features
 
@@ -242,10 +242,11 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
         Path(folder, "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2))
 
-    def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float,
+    def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float | list[float],
                max_prompt: int = 16384, text_after: str = "clip") -> Prompt:
-        """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart. BadRecord if the prompt
-        exceeds max_prompt tokens (it is never cut), or its question holds a special token."""
+        """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart, or at these seconds.
+        BadRecord if the prompt exceeds max_prompt tokens (it is never cut), or its question holds
+        a special token."""
         v, media = self.vision, self.media_ids[record["data_type"]]
         words = {"type": "text", "text": question_text(record)}
         messages = [{"role": "user", "content": [{"type": record["data_type"]}, words]}]
@@ -266,6 +267,8 @@ class Processor:
         if len(ids) > max_prompt:
             count = f"a prompt of {len(ids)} tokens exceeds the limit of {max_prompt}"
             raise BadRecord(f"{name_of(record)}: {count}")
+        if isinstance(seconds_per_frame, list):         # said in words; no position needs them
+            seconds_per_frame = seconds_per_frame[-1] / max(1, len(frames) - 1)
         seconds = v.temporal * seconds_per_frame
         ticks = 1 if v.tokens_per_second is None else v.tokens_per_second * seconds
         positions = rope_positions(ids == media, grid, v.merge, ticks, text_after)

@@ -23,17 +23,7 @@ from functools import partial
 import torch
 
 from bench.common import (
-    DATASHEET,
-    DEVICE,
-    ROOT,
-    free,
-    new_prompt,
-    new_results,
-    note,
-    peak,
-    seconds,
-    usual_generate,
-)
+    DATASHEET, DEVICE, ROOT, free, new_prompt, new_results, note, peak, seconds, usual_generate)
 from engine import blank
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW

@@ -14,16 +14,7 @@ import torch
 from transformers.utils import logging
 
 from bench.common import (
-    DEVICE,
-    ROOT,
-    free,
-    new_prompt,
-    new_results,
-    note,
-    peak,
-    seconds,
-    usual_inputs,
-)
+    DEVICE, ROOT, free, new_prompt, new_results, note, peak, seconds, usual_inputs)
 from engine import blank
 from policy import load, sample
 

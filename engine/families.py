@@ -17,13 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
+    AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
 
 
 @dataclass(frozen=True)
@@ -99,9 +94,9 @@ def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[in
         vision_end_token_id=token("<|vision_end|>"))
 
 
-def stamp(text: str, n: int, temporal: int, apart: float) -> str:
-    """A prompt with a vision block for each temporal patch of its n frames, `apart` seconds apart,
-    after the time in the middle of the patch.
+def stamp(text: str, n: int, temporal: int, seconds: float | list[float]) -> str:
+    """A prompt with a vision block for each temporal patch of its n frames after the time in the
+    middle of the patch. seconds: of each frame after the first, or from one to the next.
 
     As in transformers 4.57 and vLLM; transformers 5 also leaves the template's own pair of vision
     tokens around them all.
@@ -109,7 +104,9 @@ def stamp(text: str, n: int, temporal: int, apart: float) -> str:
     block, blocks = "<|vision_start|><|video_pad|><|vision_end|>", ""
     for first in range(0, n, temporal):
         last = min(first + temporal, n) - 1             # where n is odd, the last frame is repeated
-        blocks += f"<{(first + last) / 2 * apart:.1f} seconds>{block}"
+        time = ((seconds[first] + seconds[last]) / 2 if isinstance(seconds, list)
+                else (first + last) / 2 * seconds)
+        blocks += f"<{time:.1f} seconds>{block}"
     return text.replace(block, blocks, 1)
 
 

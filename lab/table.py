@@ -26,14 +26,7 @@ import evaluate
 from lab import download, toy
 from lab.report import COLOURS
 from lab.scores import (
-    BENCHMARKS,
-    PROTOCOLS,
-    difference,
-    published_figures,
-    read_predictions,
-    summarise,
-    wilson,
-)
+    BENCHMARKS, PROTOCOLS, difference, published_figures, read_predictions, summarise, wilson)
 from prompt import BadRecord
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@
 PY=${PYTHON:-python3}
 "$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (PYTHON=...)" >&2; exit 1; }
 # (torch and transformers are not imported for it: that takes seconds)
-ready='import decord, numpy, PIL, pytest, rouge_score, tqdm, xdist
+ready='import av, decord, numpy, PIL, pytest, rouge_score, tqdm, xdist
 from importlib import metadata, util
 for name, least in {"torch": (2, 11), "transformers": (5, 17)}.items():
     assert util.find_spec(name), f"{name} is missing"

@@ -8,16 +8,8 @@ import torch
 from conftest import ROOT
 
 from attribution import (
-    COUNTERFACTUALS,
-    SCORES,
-    RuleError,
-    attribute,
-    frame_order,
-    mask_video,
-    select,
-    shift,
-    top_tokens,
-)
+    COUNTERFACTUALS, SCORES, RuleError, attribute, frame_order, mask_video, select, shift,
+    top_tokens)
 from ktr import find_key_tokens
 from options import Options
 from policy import score, score_groups

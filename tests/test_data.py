@@ -16,20 +16,8 @@ from PIL import Image, PngImagePlugin
 
 import data
 from data import (
-    BadRecord,
-    Limits,
-    Prompts,
-    Skipped,
-    check_record,
-    frame_indices,
-    load_media,
-    loader,
-    read_image,
-    read_json,
-    read_records,
-    read_video,
-    useless,
-)
+    BadRecord, Limits, Prompts, Skipped, check_record, frame_indices, load_media, loader,
+    read_image, read_json, read_records, read_video, useless)
 from engine.workers import AHEAD
 from lab import toy
 from prompt import Prompt, Vision, name_of

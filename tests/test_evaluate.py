@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, plain_inputs
+from PIL import Image
 
 import evaluate
 from data import read_json
@@ -21,18 +22,8 @@ from lab import toy
 from lab.grading import grade, lenient_choice
 from lab.holmes import converted
 from lab.scores import (
-    BENCHMARKS,
-    FACTS,
-    PROTOCOLS,
-    compare,
-    paired,
-    part_of,
-    published_figures,
-    read_predictions,
-    report,
-    summarise,
-    wilson,
-)
+    BENCHMARKS, FACTS, PROTOCOLS, compare, paired, part_of, published_figures, read_predictions,
+    report, summarise, wilson)
 from prompt import QUESTION_EVAL, BadRecord, by_letter, question_text
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
@@ -495,6 +486,19 @@ def test_one_question_from_the_shell(checkpoint_folder, world, capsys, more):
     with pytest.raises(SystemExit, match="none.y4m: no such file"):
         main(parse(["--model", str(checkpoint_folder), "--video", str(world / "none.y4m"),
                     "--question", "What happens?", *QUICK, *more]))
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.tiff", "a.gif", "a.jfif", "a.mp4", "moves.gif"])
+def test_a_picture_is_known_by_its_content(tmp_path, monkeypatch, name):
+    pictures, kinds = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")], []
+    formats = {"a.tiff": "TIFF", "a.gif": "GIF", "a.jfif": "JPEG", "moves.gif": "GIF"}
+    moves = {"save_all": True, "append_images": pictures[1:]} if name == "moves.gif" else {}
+    pictures[0].save(tmp_path / name, formats.get(name, "BMP"), **moves)
+    monkeypatch.setattr(evaluate, "answers", lambda records, *a, **k: (
+        kinds.append(records[0]["data_type"]), [[{"output": "red"}]])[1])
+    evaluate.one_question(parse(["--model", "m", "--videos", str(tmp_path), "--video", name,
+                                 "--question", "What happens?"]))
+    assert kinds == ["video" if moves else "image"]
 
 
 # ------------------------------------------------------------------------------------------ rescore

@@ -281,7 +281,8 @@ def test_times_are_the_librarys(n, apart):
     block = "<|vision_start|><|video_pad|><|vision_end|>"
     times = Qwen3VLProcessor._calculate_timestamps(None, list(range(n)), 1 / apart, 2)
     want = "a" + "".join(f"<{t:.1f} seconds>{block}" for t in times) + f"b{block}"
-    assert families.stamp(f"a{block}b{block}", n, 2, apart) == want
+    for seconds in (apart, [i / (1 / apart) for i in range(n)]):
+        assert families.stamp(f"a{block}b{block}", n, 2, seconds) == want
     if apart == 0.5:
         assert want.startswith("a<0.2 seconds>" if n > 1 else "a<0.0 seconds>")
 
@@ -294,7 +295,7 @@ def test_times_come_from_the_file(tmp_path):
     record = check_record({"problem": "?", "data_type": "video", "problem_type": "numerical",
                            "solution": "<answer>1</answer>", "path": "a.y4m"}, 0)
     media = load_media(record, tmp_path, Limits(max_frames=4), processor.vision)
-    assert media[0].shape == (4, 3, 64, 64) and media[1] == pytest.approx(4 / 3)
+    assert media[0].shape == (4, 3, 64, 64) and media[1] == pytest.approx([0, 4 / 3, 8 / 3, 4])
     prompt = processor.prompt(record, *media)
     text = processor.tokenizer.decode(prompt.ids[~prompt.visual])
     assert "< 0 . 7 seconds > <|vision_start|> <|vision_end|> < 3 . 3 seconds >" in text

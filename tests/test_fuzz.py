@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_clips import write_clip
 
 from data import BadRecord, loader
 from lab import toy
@@ -20,7 +21,8 @@ def damaged(tmp_path, monkeypatch):
     clip, image = tmp_path / "whole.y4m", tmp_path / "whole.png"
     toy.write_y4m(clip, noise)
     Image.fromarray(noise[0]).convert("RGBA").save(image)
-    return fuzz.Damaged([clip, image], tmp_path, seed=3)
+    others = [write_clip(tmp_path / name, n=6) for name in ("whole.mp4", "whole.ts")]
+    return fuzz.Damaged([clip, image, *others], tmp_path, seed=3)
 
 
 def test_what_is_untidy_or_damaged_is_used_or_refused_in_one_line(damaged):

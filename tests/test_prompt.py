@@ -12,19 +12,8 @@ import data
 from lab import toy
 from lab.rules.common import leave_out_tokens
 from prompt import (
-    QUESTION_EVAL,
-    QUESTION_TRAIN,
-    TYPE,
-    BadRecord,
-    Vision,
-    by_letter,
-    fit,
-    one_line,
-    patches,
-    question_text,
-    rope_positions,
-    target_size,
-)
+    QUESTION_EVAL, QUESTION_TRAIN, TYPE, BadRecord, Vision, by_letter, fit, one_line, patches,
+    question_text, rope_positions, target_size)
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "processor.npz")
 

@@ -1,0 +1,330 @@
+"""How files become frames and their times: those that a player shows.
+
+decord's seek and its number of frames are wrong, without a word, for open GOPs, hidden packets,
+transport streams and more. So a clip's packets are read first, which decodes one frame: they tell
+what is shown and when, and whether decord is known to read it. PyAV reads all others; where it does
+not find what the packets promised, it decodes the clip from its start and counts. Pixel aspect
+ratio, interlacing and a clip's alpha are left alone.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, chain, pairwise, tee
+from pathlib import Path
+from typing import NamedTuple
+
+import av           # before decord, whose older libvpx and libx264 would answer PyAV's calls
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
+
+DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")   # H.264 in these; and y4m
+STORE_TIMES = (*DECORD, "flv", "mpegts", "mpeg")        # others: times of decoding, or none
+ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")        # a TIFF of many pages is no clip
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+UPRIGHT = {                     # by EXIF's orientation
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90}
+DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
+    MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
+    Image.DecompressionBombError)
+
+
+class Unlike(ValueError):
+    """What a reader decodes is not what was expected of it."""
+
+
+# ---------------------------------------------------------------------------------------- pictures
+def head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(12)
+
+
+def is_heif(path: Path) -> bool:
+    return head(path)[4:8] == b"ftyp" and head(path)[8:] in HEIF
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file holds one still picture, by its content. OSError if it cannot be opened."""
+    if head(path).startswith(b"YUV4MPEG2"):
+        return False
+    try:
+        with Image.open(path) as image:                 # which knows MPEG, but does not read it
+            return image.format != "MPEG" and not (image.format in ANIMATED and image.is_animated)
+    except UnidentifiedImageError:
+        return is_heif(path)
+    except DAMAGED:                                     # `read_image` will say how
+        return True
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(1, H, W, 3) uint8: upright, the upper 8 of 16 bits, what is transparent on white.
+    ValueError where there is no such picture."""
+    try:
+        with Image.open(path) as image:
+            image.load()                                # here a TIFF turns itself
+            kind, way = image.format, UPRIGHT.get(image.getexif().get(274))
+            image = image if way is None else image.transpose(way)
+            if image.mode == "F" or image.mode == "I" and kind not in ("PNG", "PPM"):
+                raise ValueError(f"{kind} of 32 bits a pixel does not say how bright white is")
+            if image.mode.startswith("I"):              # convert("RGB") would clip it to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))[None]
+    except DAMAGED as error:
+        if isinstance(error, UnidentifiedImageError) and is_heif(path):
+            error = "HEIC, which Pillow does not read: save it as JPEG or PNG"
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+# ----------------------------------------------------------------------------------------- packets
+class Packet(NamedTuple):
+    time: int | None                    # when its frame is shown, in the clip's units
+    length: int                         # how long; 0: unknown
+    key: bool                           # decoding can begin here
+    hidden: bool                        # the file cuts it away
+    damaged: bool
+
+
+@dataclass
+class Clip:
+    path: Path
+    codec: str
+    container: str
+    unit: Fraction                      # seconds
+    rate: Fraction                      # frames a second, as the container says or FFmpeg guesses
+    packets: list[Packet]               # in decoding order
+    first: av.VideoFrame                # that the decoder returns
+    closed: bool                        # decoding is known to begin anew at all its key frames
+
+    def promised(self) -> list[int]:
+        """The times of the frames shown, as the packets tell; empty where that is not sure."""
+        if self.container not in STORE_TIMES and (self.container, self.codec) != ("avi", "mpeg4"):
+            return []                                   # (of MPEG-4, FFmpeg finds out the order)
+        first = self.first.pts                          # leading pictures of nothing are not shown
+        whole = self.packets[:-1] if self.packets[-1].damaged else self.packets     # a cut download
+        if None in (first, *(p.time for p in whole)) or any(p.damaged for p in whole):
+            return []
+        times = sorted(p.time for p in whole if not p.hidden and p.time >= first)
+        return times if all(a < b for a, b in pairwise(times)) else []
+
+    def suits_decord(self, times: list[int]) -> bool:
+        """Whether its packets are those of a clip that decord reads rightly: H.264, all of them
+        shown, and none that follows a key frame in decoding order before it. (Of a damaged clip of
+        another codec it shows other frames, without a word.)"""
+        packets, first = self.packets, self.first.pts
+        if not (self.closed and self.container in DECORD and len(times) == len(packets)):
+            return False
+        begun = accumulate((p.time if p.key else first for p in packets), max)
+        return (packets[0].key and first >= 0 and not any(turn_of(self.first))
+                and all(packet.time >= key for packet, key in zip(packets, begun)))
+
+    def timing(self, times: list[int | None]) -> tuple[list[float], Fraction]:
+        """(seconds of each frame after the first, the duration) of frames shown at these times."""
+        n, known = len(times), sorted(set(times) - {None})
+        if len(known) < n:                              # some have none, or another's
+            return [float(i / self.rate) for i in range(n)], n / self.rate
+        span = (known[-1] - known[0]) * self.unit
+        last = max((p.length for p in self.packets if p.time == known[-1]), default=0) * self.unit
+        duration = span + (last or span / max(1, n - 1) or 1 / self.rate)
+        if abs(duration - n / self.rate) <= 2 * self.unit:      # only rounded to units of 1 ms
+            duration = n / self.rate
+        return [float((time - known[0]) * self.unit) for time in known], duration
+
+
+# ---------------------------------------------------------------------------------------- decoding
+@contextmanager
+def opened(path: Path) -> Iterator[tuple]:
+    """A file's container and its video stream. ValueError if it has none that can be decoded."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise ValueError("no video of a codec that FFmpeg decodes")
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def packets_of(container, stream) -> Iterator:
+    """All of a stream; a damaged file ends at the damage. (PyAV's demux ends with an IndexError
+    where another stream of the file begins late.)"""
+    with suppress(av.error.InvalidDataError, IndexError):
+        yield from (packet for packet in container.demux(stream) if packet.size)
+
+
+def decoded(stream, packets: Iterable) -> Iterator:
+    """The frames of packets, and those that the decoder holds then. A damaged one shows nothing."""
+    for packet in chain(packets, [None]):
+        with suppress(av.error.InvalidDataError, av.error.ArgumentError):
+            yield from stream.codec_context.decode(packet)
+
+
+def in_order(path: Path) -> Iterator:
+    with opened(path) as (container, stream):
+        yield from decoded(stream, packets_of(container, stream))
+
+
+def read_packets(path: Path) -> Clip:
+    with opened(path) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
+        feed, ahead = tee(packets_of(container, stream))
+        first = next(decoded(stream, ahead), None)
+        if first is None:
+            raise ValueError(f"{codec}: no frame can be decoded")
+        del ahead                                       # for which all packets would be kept
+        packets, closed = [], codec == "h264"
+        for packet in feed:
+            packets.append(Packet(packet.pts, max(packet.duration or 0, 0), packet.is_keyframe,
+                                  packet.is_discard, packet.is_corrupt))
+            closed = closed and (not packet.is_keyframe or has_idr(packet, stream))
+        rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+        return Clip(path, codec, container.format.name, stream.time_base, rate, packets, first,
+                    closed)
+
+
+def has_idr(packet, stream) -> bool:
+    """Whether an H.264 packet holds an IDR picture (a NAL unit of type 5), and so forgets all that
+    came before. Key frames of open GOPs and of intra refresh do not."""
+    data, setup, at = memoryview(packet), stream.codec_context.extradata or b"", 0
+    if len(setup) < 5 or setup[0] != 1:                 # not in the form of mp4 and Matroska
+        return False
+    size = (setup[4] & 3) + 1                           # bytes of each unit's length
+    while at + size < len(data):
+        if data[at + size] & 31 == 5:
+            return True
+        at += size + int.from_bytes(data[at:at + size])
+    return False
+
+
+def turn_of(frame) -> tuple[bool, bool, bool]:
+    """What makes a frame upright: (rows become columns, then rows flip, columns flip). A display
+    matrix moves a pixel from (x, y) to (a x + c y, b x + d y)."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+    except ValueError:                                  # beside side data that PyAV does not know
+        turn = 1j ** round(frame.rotation / 90)
+        a, b, c, d = turn.real, -turn.imag, turn.imag, turn.real
+    across = abs(b) > abs(a)
+    return across, (b if across else d) < 0, (c if across else a) < 0
+
+
+def pixels(frame, clip: Clip) -> np.ndarray:
+    """(1, H, W, 3) uint8, upright, of the first frame's size."""
+    array = frame.to_ndarray(format="rgb24", width=clip.first.width, height=clip.first.height,
+                             threads=1)
+    across, rows, columns = turn_of(frame)
+    array = array.swapaxes(0, 1) if across else array
+    return array[None, ::-1 if rows else 1, ::-1 if columns else 1]
+
+
+def decord_reader(path: Path):
+    import decord                                       # half a second, which not all need wait
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        return decord.VideoReader(str(path), num_threads=1)
+    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        raise Unlike(error) from None
+
+
+def decord_frames(reader, indices: list[int], together: int = 1) -> Iterator[np.ndarray]:
+    """A batch is quicker for tiny frames, but takes twice the memory of frames one by one."""
+    from decord import DECORDError
+    try:
+        for i in range(0, len(indices), together):
+            yield (reader.get_batch(indices[i:i + together]).asnumpy() if together > 1
+                   else reader[indices[i]].asnumpy()[None])
+    except (DECORDError, RuntimeError, StopIteration) as error:
+        raise Unlike(error) from None
+
+
+def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
+    reader, keys = decord_reader(clip.path), [i for i, p in enumerate(clip.packets) if p.key]
+    if len(reader) != len(times) or reader.get_key_indices() != keys:
+        raise Unlike
+    yield from decord_frames(reader, indices)
+
+
+def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
+    """Reads all packets, which is quick and needs no seek, but decodes only from the key frame
+    before each frame wanted. Unlike if a frame on the way is not the next of `times`."""
+    keys = sorted((p.time, i) for i, p in enumerate(clip.packets) if p.key and not p.damaged)
+    fed = place = -1
+
+    def packets_from(start: int) -> Iterator:
+        nonlocal fed
+        for fed, packet in numbered:
+            if fed >= start:
+                yield packet
+
+    with opened(clip.path) as (container, stream):
+        numbered = enumerate(packets_of(container, stream))
+        for index in indices:
+            group = bisect_right(keys, (times[index], len(clip.packets))) - 1
+            if group < 0:
+                raise Unlike
+            if keys[group][1] > fed:                    # a group that is not begun yet
+                begins, start = keys[group]
+                stream.codec_context.flush_buffers()
+                frames, place = decoded(stream, packets_from(start)), bisect_left(times, begins)
+            while place <= index:
+                frame = next(frames, None)
+                if frame is None or frame.pts != times[place]:
+                    raise Unlike
+                if frame.pts == begins and not frame.key_frame:
+                    raise Unlike
+                place += 1
+            yield pixels(frame, clip)
+        if place == len(times) and next(frames, None):
+            raise Unlike                                # more than the packets promised
+
+
+def by_counting(clip: Clip, times: list, indices: list[int]) -> Iterator[np.ndarray]:
+    wanted = set(indices)
+    for number, frame in enumerate(in_order(clip.path)):
+        if number in wanted:
+            yield pixels(frame, clip)
+
+
+def plans(clip: Clip) -> Iterator[tuple]:
+    """(times of the frames shown, how to read some of them), from the quickest to the surest."""
+    times = clip.promised()
+    if clip.suits_decord(times):
+        yield times, by_decord
+    if times:
+        yield times, by_groups
+    yield [frame.pts for frame in in_order(clip.path)], by_counting
+
+
+def read_clip(path: Path, choose: Callable, keep: Callable) -> tuple[list, list[float], float]:
+    """(what is kept of some frames, their seconds after the first, the duration).
+
+    choose(number of frames, frames a second) -> indices; keep(frames (k, H, W, 3) uint8, number of
+    indices) makes what is kept of frames as they come. ValueError, with the codec, where none can
+    be shown.
+    """
+    if head(path).startswith(b"YUV4MPEG2"):             # whole frames at one rate
+        reader = decord_reader(path)
+        total, fps = len(reader), reader.get_avg_fps()
+        if not 0 < fps < 1e6:
+            raise ValueError("no frame rate")
+        indices = choose(total, fps)
+        frames = [keep(some, len(indices)) for some in decord_frames(reader, indices, 8)]
+        return frames, [index / fps for index in indices], total / fps
+    codec = "no clip that FFmpeg knows"
+    try:
+        clip = read_packets(path)
+        codec = clip.codec
+        for times, way in plans(clip):
+            seconds, duration = clip.timing(times)
+            indices = choose(len(times), len(times) / duration)
+            with suppress(Unlike):
+                frames = [keep(some, len(indices)) for some in way(clip, times, indices)]
+                return frames, [seconds[index] for index in indices], float(duration)
+    except (av.FFmpegError, MemoryError) as error:
+        raise ValueError(f"{codec}: {getattr(error, 'strerror', error)}") from None
