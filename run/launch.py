@@ -61,7 +61,9 @@ def train(torchrun: list[str], options: list[str]) -> int:
         signal.signal(number, hand_on)
     logging.disable(logging.CRITICAL)
     try:
-        run.run(run.parse_args(["--signals_to_handle", "SIGQUIT", *torchrun, KTR, *options]))
+        task = run.parse_args(["--signals_to_handle", "SIGQUIT", *torchrun, KTR])
+        task.training_script_args = options     # not parsed: --signals is short for one of its own
+        run.run(task)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode == -signal.SIGKILL:

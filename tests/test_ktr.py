@@ -383,8 +383,9 @@ def test_a_signal_saves_and_stops(run, tmp_path, monkeypatch, capsys, number):
 
 
 def test_sigterm_to_two_processes(checkpoint_folder, world, tmp_path):
-    """run/launch.py hands it on; both save their part after the same step."""
-    more = ["--max_steps", 400, "--save_every", 1000]
+    """run/launch.py hands it on; both save their part after the same step. (--signals is also the
+    beginning of an option of torchrun's.)"""
+    more = ["--max_steps", 400, "--save_every", 1000, "--signals", "all"]
     process = start(["-m", "run.launch", "no.such.module",
                      *map(str, arguments(checkpoint_folder, world, tmp_path, *more))],
                     DEVICE="cpu", NPROC="2")
