@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")   # H.264 in these; and y4m
+DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")   # H.264 in these
 STORE_TIMES = (*DECORD, "flv", "mpegts", "mpeg")        # others: times of decoding, or none
 ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")        # a TIFF of many pages is no clip
-HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+HEIF = (b"heic", b"heix", b"mif1")                      # Pillow reads none, FFmpeg a part of it
 UPRIGHT = {                     # by EXIF's orientation
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
     5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
@@ -39,24 +39,14 @@ class Unlike(ValueError):
 
 
 # ---------------------------------------------------------------------------------------- pictures
-def head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(12)
-
-
-def is_heif(path: Path) -> bool:
-    return head(path)[4:8] == b"ftyp" and head(path)[8:] in HEIF
-
-
 def is_picture(path: Path) -> bool:
     """Whether a file holds one still picture, by its content. OSError if it cannot be opened."""
-    if head(path).startswith(b"YUV4MPEG2"):
-        return False
     try:
         with Image.open(path) as image:                 # which knows MPEG, but does not read it
             return image.format != "MPEG" and not (image.format in ANIMATED and image.is_animated)
     except UnidentifiedImageError:
-        return is_heif(path)
+        with open(path, "rb") as file:
+            return file.read(12)[8:] in HEIF
     except DAMAGED:                                     # `read_image` will say how
         return True
 
@@ -78,8 +68,6 @@ def read_image(path: Path) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))[None]
     except DAMAGED as error:
-        if isinstance(error, UnidentifiedImageError) and is_heif(path):
-            error = "HEIC, which Pillow does not read: save it as JPEG or PNG"
         raise ValueError(str(error) or type(error).__name__) from None
 
 
@@ -223,31 +211,19 @@ def pixels(frame, clip: Clip) -> np.ndarray:
     return array[None, ::-1 if rows else 1, ::-1 if columns else 1]
 
 
-def decord_reader(path: Path):
+def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
+    """Frame by frame, since a batch would take twice the memory."""
     import decord                                       # half a second, which not all need wait
     decord.logging.set_level(decord.logging.QUIET)
+    keys = [i for i, packet in enumerate(clip.packets) if packet.key]
     try:
-        return decord.VideoReader(str(path), num_threads=1)
-    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        reader = decord.VideoReader(str(clip.path), num_threads=1)
+        if len(reader) != len(times) or reader.get_key_indices() != keys:
+            raise Unlike
+        for index in indices:
+            yield reader[index].asnumpy()[None]
+    except (decord.DECORDError, RuntimeError, AssertionError, StopIteration) as error:
         raise Unlike(error) from None
-
-
-def decord_frames(reader, indices: list[int], together: int = 1) -> Iterator[np.ndarray]:
-    """A batch is quicker for tiny frames, but takes twice the memory of frames one by one."""
-    from decord import DECORDError
-    try:
-        for i in range(0, len(indices), together):
-            yield (reader.get_batch(indices[i:i + together]).asnumpy() if together > 1
-                   else reader[indices[i]].asnumpy()[None])
-    except (DECORDError, RuntimeError, StopIteration) as error:
-        raise Unlike(error) from None
-
-
-def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
-    reader, keys = decord_reader(clip.path), [i for i, p in enumerate(clip.packets) if p.key]
-    if len(reader) != len(times) or reader.get_key_indices() != keys:
-        raise Unlike
-    yield from decord_frames(reader, indices)
 
 
 def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
@@ -308,14 +284,6 @@ def read_clip(path: Path, choose: Callable, keep: Callable) -> tuple[list, list[
     indices) makes what is kept of frames as they come. ValueError, with the codec, where none can
     be shown.
     """
-    if head(path).startswith(b"YUV4MPEG2"):             # whole frames at one rate
-        reader = decord_reader(path)
-        total, fps = len(reader), reader.get_avg_fps()
-        if not 0 < fps < 1e6:
-            raise ValueError("no frame rate")
-        indices = choose(total, fps)
-        frames = [keep(some, len(indices)) for some in decord_frames(reader, indices, 8)]
-        return frames, [index / fps for index in indices], total / fps
     codec = "no clip that FFmpeg knows"
     try:
         clip = read_packets(path)

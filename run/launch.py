@@ -2,74 +2,63 @@
 
     python -m run.launch "lab.report OUT" [options of ktr.py]       ("": nothing is shown)
 
-torchrun starts the processes. Left alone, it answers SIGTERM and Ctrl-C by killing them after 30 s,
-in which a checkpoint of the 7B is not written, and ends every failure with a traceback of its own.
-Here a signal goes to the processes, which save and end by themselves, and the last line is theirs.
+This is torchrun's work, but torchrun kills its processes 30 s after SIGTERM or Ctrl-C, too soon for
+a checkpoint of the 7B, and ends every failure with a traceback of its own. Here the processes save
+and end by themselves, and the last line is theirs.
 From the environment: NPROC (all GPUs), DEVICE=cpu, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
-import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-KTR = str(Path(__file__).resolve().parent.parent / "ktr.py")
-
-
-def processes() -> list[int]:
-    """Process ids of this process's children that run ktr.py."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == os.getpid() and KTR.encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:                                 # it has ended meanwhile
-            continue
-    return found
+KTR = Path(__file__).resolve().parent.parent / "ktr.py"
+PATIENCE = 20           # seconds that the others have to end after one has failed
 
 
-def rendezvous(nproc: int) -> list[str]:
-    """torchrun's options for this node."""
-    nodes = os.environ.get("NNODES", "1")
-    if nodes == "1":
-        return ["--nproc_per_node", str(nproc), "--standalone"]
-    for name in ("NODE_RANK", "MASTER_ADDR"):
+def environments(nproc: int) -> list[dict[str, str]]:
+    """What torch.distributed reads, for each process of this node."""
+    several = os.environ.get("NNODES", "1") != "1"
+    for name in ("NODE_RANK", "MASTER_ADDR") if several else ():
         if name not in os.environ:
             raise SystemExit(f"error: {name} is not set")
-    return ["--nproc_per_node", str(nproc), "--nnodes", nodes,
-            "--node_rank", os.environ["NODE_RANK"], "--master_addr", os.environ["MASTER_ADDR"],
-            "--master_port", os.environ.get("MASTER_PORT", "29500")]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        alone = {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(free.getsockname()[1])}
+    e = {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29500", **os.environ, **({} if several else alone)}
+    first, ranks = nproc * int(e["NODE_RANK"]), nproc * int(e["NNODES"])
+    e |= {"LOCAL_WORLD_SIZE": str(nproc), "WORLD_SIZE": str(ranks)}
+    return [{**e, "RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(nproc)]
 
 
-def train(torchrun: list[str], options: list[str]) -> int:
-    """Run ktr.py under torchrun; the exit code."""
-    heard = []
+def train(environments: list[dict[str, str]], options: list[str]) -> int:
+    """Run ktr.py in these processes; the exit code of the first that failed, or 0."""
+    team = [subprocess.Popen([sys.executable, KTR, *options], env=e) for e in environments]
 
-    def hand_on(number: int, _) -> None:
-        heard.append(number)
-        for process in processes():
-            os.kill(process, signal.SIGTERM)
+    def hand_on(*_) -> None:
+        for process in team:
+            process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
-    logging.disable(logging.CRITICAL)
-    try:
-        task = run.parse_args(["--signals_to_handle", "SIGQUIT", *torchrun, KTR])
-        task.training_script_args = options     # not parsed: --signals is short for one of its own
-        run.run(task)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode == -signal.SIGKILL:
-            print(f"rank {rank} of this node was killed; was memory short?", file=sys.stderr)
-        return 128 + heard[0] if heard else 1
-    return 0
+    while not any(p.poll() for p in team) and None in (p.returncode for p in team):
+        time.sleep(0.2)
+    code, deadline = next((p.returncode for p in team if p.returncode), 0), time.time() + PATIENCE
+    for process in team:
+        try:
+            process.wait(max(0, deadline - time.time()))
+        except subprocess.TimeoutExpired:       # it waits for the one that failed
+            process.kill()
+    if code == -signal.SIGKILL:
+        print("a process of this run was killed; was memory short?", file=sys.stderr)
+    return code if code >= 0 else 128 - code
 
 
 def main() -> int:
@@ -78,11 +67,9 @@ def main() -> int:
     if gpus == 0 and os.environ.get("DEVICE") != "cpu":
         raise SystemExit("error: no GPU found; the 7B recipe needs some (MODEL=cold_start "
                          "DEVICE=cpu tries it with a tiny model)")
-    nproc = int(os.environ.get("NPROC") or gpus or 1)
-    torchrun = rendezvous(nproc)
-    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(nproc)}
-    checked = subprocess.run([sys.executable, KTR, *options, "--check"], env=environment)
-    code = checked.returncode or train(torchrun, options)
+    ranks = environments(int(os.environ.get("NPROC") or gpus or 1))
+    checked = subprocess.run([sys.executable, KTR, *options, "--check"], env=ranks[0])
+    code = checked.returncode or train(ranks, options)
     if code or not shown or os.environ.get("NODE_RANK", "0") != "0":
         return code
     return subprocess.run([sys.executable, "-P", "-m", *shown]).returncode

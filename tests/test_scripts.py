@@ -7,12 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 from test_ktr import log_of, weights_of
 
+from run import launch
 from run.arguments import parse
 from run.preflight import check_start
 
@@ -50,7 +52,7 @@ def finish(process, seconds=200):
 
 
 def test_two_nodes_train_together(python, checkpoint_folder, world, tmp_path):
-    """Two torchrun agents, as on two machines that share a file system: the same command, each
+    """Two launchers, as on two machines that share a file system: the same command, each
     with its NODE_RANK."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -228,3 +230,34 @@ def test_a_python_with_an_old_torch_is_passed_over(tmp_path):
         found.append(subprocess.check_output(["bash", "-ec", script], cwd=tmp_path, text=True,
                                               env=environment).strip())
     assert found == [sys.executable, str(stand_in)]
+
+
+def test_a_process_that_fails_ends_its_run(tmp_path, monkeypatch, capfd):
+    """The others get a moment to end by themselves; the code is that of the first that failed."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nrank = os.environ['RANK']\n"
+                      "print('rank', rank, 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+                      "how = sys.argv[1]\n"
+                      "if rank == '1': os.kill(os.getpid(), 9) if how == 'killed' else sys.exit(3)\n"
+                      "time.sleep(60 if how != 'late' else 0.5)\n")
+    monkeypatch.setattr(launch, "KTR", script)
+    monkeypatch.setattr(launch, "PATIENCE", 1.0)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    for how, code in ("killed", 137), ("failed", 3), ("late", 3):
+        begun = time.time()
+        assert launch.train(launch.environments(2), [how]) == code
+        said = capfd.readouterr()
+        assert sorted(said.out.split("\n"))[-2:] == ["rank 0 of 2", "rank 1 of 2"]
+        assert ("was memory short?" in said.err) == (how == "killed")
+        assert time.time() - begun < 20
+
+
+def test_the_processes_of_a_second_node(monkeypatch):
+    for name, value in {"NNODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "node0"}.items():
+        monkeypatch.setenv(name, value)
+    one, two = launch.environments(2)
+    assert [one["RANK"], two["RANK"], two["LOCAL_RANK"], two["WORLD_SIZE"]] == ["2", "3", "1", "6"]
+    assert (two["MASTER_ADDR"], two["MASTER_PORT"], two["LOCAL_WORLD_SIZE"]) == ("node0", "29500", "2")
+    monkeypatch.delenv("NODE_RANK")
+    with pytest.raises(SystemExit, match="NODE_RANK is not set"):
+        launch.environments(2)
