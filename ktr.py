@@ -4,16 +4,15 @@ One step of `main`:
     sample      G completions for each prompt, decoded together, and what their answers earn
     learn       for each update: log-probabilities with gradient (score), the clipped objective on
                 key tokens (backward)
-    annotate    once a rollout, inside the first of these: reference, attribution (the key mask),
-                advantages
+    annotate    once a rollout, in the first of these: reference, key mask, advantages
     step        clip, AdamW, cosine; log and save
 
     torchrun --nproc_per_node 8 ktr.py --model DIR --data train.json --videos DIR --out runs/ktr
     python ktr.py --help
 
 Where the paper and the released code differ there is an option; --preset sets them all
-(docs/choices.md). Unless --updates says otherwise each rollout is used once, so old and new
-log-probabilities are equal, rho is 1 and the clip never binds; both stay, as the formula has them.
+(docs/choices.md). With one update a rollout, old and new log-probabilities are equal, rho is 1 and
+the clip never binds; both stay, as the formula has them.
 """
 
 import math
@@ -95,8 +94,7 @@ def loss_mask(o: Options, r: Rollout) -> Tensor:
 # ----------------------------------------------------------------------------------------- annotate
 def annotate(o: Options, rollouts: list[Rollout], model: nn.Module, reference: nn.Module | None,
              clock: Clock) -> None:
-    """All that a rollout is told once: the reference's log-probabilities, the key mask, and the
-    advantages (eq. 1)."""
+    """What is found out once a rollout: reference, key mask, advantages (eq. 1)."""
     prompts, groups = [r.prompt for r in rollouts], [r.group for r in rollouts]
     if reference is not None:
         with torch.no_grad():
@@ -184,7 +182,7 @@ def learning_rate(o: Options, step: int, steps: int) -> float:
 
 # --------------------------------------------------------------------------------------------- main
 def watched_rollout(o: Options, t: Training) -> Rollout:
-    """The question that is asked again through the whole run; nothing is learnt of it."""
+    """The question that is asked again through the whole run. Nothing is learnt from it."""
     (r,) = sample_rollouts(o, t.model, t.processor, [t.watched])
     with evaluating(t.model):
         ((r.logp, r.entropy),) = score_groups(t.model, [r.prompt], [r.group])

@@ -22,7 +22,7 @@ toy() {
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} start=$HERE/cold_start procs=1 evaluate
     nvidia-smi -L >/dev/null 2>&1 || [ "$(nproc)" = 1 ] || procs=2      # a step's 8 prompts on two cores
     [[ ! " $* " =~ " --out"[\ =] ]] || { echo "error: say OUT=DIR bash train.sh toy, not --out" >&2; exit 2; }
-    py -m run.rules --model - --data - "$@"             # a slip is told before the work
+    py -m run.arguments --model - --data - "$@"             # a slip is told before the work
     [ -f "$world/test.json" ] || py -m lab.toy make "$world"
     evaluate=("$HERE/evaluate.py" --benchmark toy --data "$world/test.json" --videos "$world"
               --max_new_tokens 64 --batch 100 --dtype float32 --workers 1)

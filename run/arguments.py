@@ -1,4 +1,7 @@
-"""Options as a user gives them: the command line, a preset, and the OPTIONS of rules' files."""
+"""Options as a user gives them: the command line, a preset, and the OPTIONS of rules' files.
+
+    python -m run.arguments ...         only checks them
+"""
 
 import difflib
 import importlib.util
@@ -11,7 +14,14 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from attribution import COUNTERFACTUALS, SCORES, WEIGHTS
+from grpo import ADVANTAGES, PENALTIES
 from options import GONE, LIMITS, PARTS, PRESETS, Options
+from rewards import EXTRA_REWARDS
+
+REGISTRIES = {          # that a rule may add to, by the option that names their entries
+    "signals": (COUNTERFACTUALS, SCORES), "weighting": (WEIGHTS,), "advantage": (ADVANTAGES,),
+    "penalty": (PENALTIES,), "extra_reward": (EXTRA_REWARDS,)}
 
 
 class Parser(HfArgumentParser):
@@ -92,3 +102,17 @@ def check_values(o: Options, parser: Parser) -> None:
     for name in ("model", "data"):
         if not getattr(o, name):
             parser.error(f"--{name} is needed")
+
+
+def check_names(o: Options) -> None:
+    """SystemExit, in one line, where an option names what is not registered."""
+    for option, registries in REGISTRIES.items():
+        known, named = [name for registry in registries for name in registry], getattr(o, option)
+        for name in [named] if isinstance(named, str) else named:
+            if name not in known:
+                raise SystemExit(f"error: unknown {option.removesuffix('s')} {name!r}; known: "
+                                 f"{', '.join(known)}")
+
+
+if __name__ == "__main__":
+    check_names(parse())

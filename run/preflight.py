@@ -16,7 +16,7 @@ from policy import load_processor
 from prompt import Prompt
 from run.checkpoint import check_made_by, newest
 from run.logs import lost_records
-from run.rules import check_names
+from run.arguments import check_names
 from run.stream import limits_of
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops

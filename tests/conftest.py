@@ -22,7 +22,7 @@ from lab import cold_start, toy  # noqa: E402
 from options import Options  # noqa: E402
 from prompt import patches  # noqa: E402
 from rollout import Rollout  # noqa: E402
-from run.rules import REGISTRIES  # noqa: E402
+from run.arguments import REGISTRIES  # noqa: E402
 
 
 @pytest.fixture(scope="session")

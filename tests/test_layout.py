@@ -13,6 +13,7 @@ WIDEST = 100
 ORDER = [                   # each line may import those above it, and its own
     {"engine", "grpo", "rewards", "options", "rollout"},
     {"prompt"},
+    {"records"},
     {"data"},
     {"policy", "attribution"},
     {"run", "lab.grading", "lab.scores"},

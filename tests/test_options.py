@@ -4,8 +4,7 @@ import pytest
 
 from engine.weights import parts_of
 from options import GONE, LIMITS, MAY_CHANGE, PARTS, PRESETS, Options
-from run.arguments import parse
-from run.rules import check_names
+from run.arguments import check_names, parse
 
 BASE = ["--model", "m", "--data", "folder/d.json"]
 

@@ -238,7 +238,8 @@ def test_a_process_that_fails_ends_its_run(tmp_path, monkeypatch, capfd):
     script.write_text("import os, sys, time\nrank = os.environ['RANK']\n"
                       "print('rank', rank, 'of', os.environ['WORLD_SIZE'], flush=True)\n"
                       "how = sys.argv[1]\n"
-                      "if rank == '1': os.kill(os.getpid(), 9) if how == 'killed' else sys.exit(3)\n"
+                      "if rank == '1' and how == 'killed': os.kill(os.getpid(), 9)\n"
+                      "if rank == '1': sys.exit(3)\n"
                       "time.sleep(60 if how != 'late' else 0.5)\n")
     monkeypatch.setattr(launch, "KTR", script)
     monkeypatch.setattr(launch, "PATIENCE", 1.0)
@@ -257,7 +258,7 @@ def test_the_processes_of_a_second_node(monkeypatch):
         monkeypatch.setenv(name, value)
     one, two = launch.environments(2)
     assert [one["RANK"], two["RANK"], two["LOCAL_RANK"], two["WORLD_SIZE"]] == ["2", "3", "1", "6"]
-    assert (two["MASTER_ADDR"], two["MASTER_PORT"], two["LOCAL_WORLD_SIZE"]) == ("node0", "29500", "2")
+    assert (two["MASTER_ADDR"], two["MASTER_PORT"]) == ("node0", "29500")
     monkeypatch.delenv("NODE_RANK")
     with pytest.raises(SystemExit, match="NODE_RANK is not set"):
         launch.environments(2)

@@ -16,7 +16,7 @@ from lab.stats import detectable, holm, interval, p_value, quantile
 from lab.study import outcome
 from policy import plain_score, sample
 from run.arguments import parse
-from run.rules import check_names
+from run.arguments import check_names
 
 SECONDS = 0.5
 REWARDS = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0)
