@@ -13,7 +13,6 @@ continues, with any number of processes, and refuses other settings. lab/scores.
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -25,37 +24,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Limits, Prompts, Skipped, check_record, load_media, read_json
+from data import Limits, Prompts, Skipped, load_media
 from engine.clips import is_picture
 from engine.workers import loader
-from lab.scores import BENCHMARKS, FACTS, PROTOCOLS, compare, read_predictions, report
+from lab.predictions import answered_rows, read_predictions, settings_of
+from lab.protocols import BENCHMARKS, PROTOCOLS, read_questions, with_prompt
+from lab.scores import compare, report
 from policy import load, load_processor, sample
-from prompt import QUESTION_EVAL, BadRecord, Prompt, by_letter, name_of, question_text
+from prompt import BadRecord, Prompt, name_of
 from run.distributed import distributed, run_program
 
 
-# --------------------------------------------------------------------------------------- questions
-def worded(record: dict, protocol: str, benchmark: str) -> dict:
-    """The record with "whole_prompt": what the protocol asks, in its words for the benchmark."""
-    by_benchmark = PROTOCOLS[protocol]["prompts"]
-    name = by_benchmark.get(benchmark, by_benchmark["default"])
-    if name == "prompt.py":
-        return {**record, "whole_prompt": question_text(record, QUESTION_EVAL)}
-    words = FACTS["prompts"][name]
-    options = [words["option"].format(letter=letter, text=text)
-               for letter, text in by_letter(record["options"]).items()]
-    question = record["problem"].strip().removesuffix("Options:").strip()
-    template = words["text"] if options else words.get("without_options", words["text"])
-    prompt = template.format(question=question, options=words["between"].join(options))
-    return {**record, "whole_prompt": prompt}
-
-
-def read_questions(path: str, protocol: str, benchmark: str) -> list[dict]:
-    """Every row of a list, checked and worded. BadRecord for a bad row: none may be left out."""
-    return [worded(check_record(row, index), protocol, benchmark)
-            for index, row in enumerate(read_json(path))]
-
-
+# --------------------------------------------------------------------------------------- answering
 class Clips(Prompts):
     """index -> [Prompt or Skipped]: all records of one clip (self.records[index]), decoded once."""
 
@@ -75,7 +55,6 @@ class Clips(Prompts):
         return [Skipped(r, f"{name_of(r)}: {r['path']}: {reason}") for r in self.records[index]]
 
 
-# --------------------------------------------------------------------------------------- answering
 def answers(records: list[dict], a: argparse.Namespace, device: torch.device, rank: int,
             world: int) -> Iterator[list[dict]]:
     """This rank's records, `--batch` at a time, with "output", or "unreadable" and why. A question
@@ -110,35 +89,10 @@ def one_question(a: argparse.Namespace) -> None:
     record = {"problem": a.question, "problem_type": "free-form", "options": [], "row": 0,
               "data_type": "image" if image else "video", "path": a.video}
     _, _, device = distributed()
-    [[row]] = answers([worded(record, a.protocol, "custom")], a, device, rank=0, world=1)
+    [[row]] = answers([with_prompt(record, a.protocol, "custom")], a, device, rank=0, world=1)
     if "unreadable" in row:
         raise SystemExit(f"error: {row['unreadable']}")
     print(row["output"])
-
-
-def settings_of(a: argparse.Namespace, records: list[dict]) -> dict:
-    """What may not change while a file of answers grows."""
-    asked = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    weights = sorted(Path(a.model).glob("*.safetensors"))
-    named = ("model", "dtype", "benchmark", "protocol", *PROTOCOLS[a.protocol]["options"])
-    return {**{name: getattr(a, name) for name in named}, "questions": asked[:16],
-            "weights_written": [file.stat().st_mtime for file in weights],
-            "score that counts": PROTOCOLS[a.protocol]["score"]}
-
-
-def taken_up(path: Path, settings: dict) -> set[int]:
-    """Rows that `path` holds answers to. A file of other settings is refused (SystemExit), a line
-    that a kill cut short is dropped, and a new file begins with its settings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    if path.stat().st_size == 0:
-        path.write_text(json.dumps({"settings": settings}) + "\n")
-    old, rows = read_predictions(path)
-    changed = ", ".join(name for name in settings if settings[name] != old.get(name))
-    if changed:
-        raise SystemExit(f"error: {path} has other settings ({changed}); choose another --out")
-    return {row["row"] for row in rows if "output" in row}
 
 
 def run(a: argparse.Namespace) -> dict | None:
@@ -149,7 +103,7 @@ def run(a: argparse.Namespace) -> dict | None:
     settings = settings_of(a, records)
     rank, world, device = distributed(timedelta(hours=24))      # for ranks with longer clips
     path = Path(a.out, "predictions.jsonl")
-    done = [taken_up(path, settings) if rank == 0 else None]
+    done = [answered_rows(path, settings) if rank == 0 else None]
     if world > 1:                               # one reading for all, before anyone writes
         dist.broadcast_object_list(done)
     todo = [record for record in records if record["row"] not in done[0]]

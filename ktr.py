@@ -34,7 +34,7 @@ from run.arguments import parse
 from run.distributed import all_reduce_sum, run_program
 from run.logs import Clock, metric_sums
 from run.preflight import check_start
-from run.training import Training, start_training
+from run.training import Training
 
 ROW_TOKENS = 8192       # prompts are scored together while their packed rows have no more tokens
 
@@ -195,7 +195,7 @@ def main(o: Options) -> None:
     records, left_out = check_start(o)
     if o.check:
         return print(f"ready: {len(records)} records in {o.data}, model {o.model}")
-    t = start_training(o, records, left_out)
+    t = Training(o, records, left_out)
 
     for step in tqdm(range(t.stream.first, t.stream.steps), initial=t.stream.first,
                      total=t.stream.steps, unit="step", disable=t.rank > 0, dynamic_ncols=True):

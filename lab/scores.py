@@ -1,76 +1,16 @@
 """What answers score: a benchmark's table, published figures, paired differences.
 
-Predictions are files that evaluate.py wrote, or others' in Video-R1's form. `grading.grade` defines
-the strict and the lenient score. This file imports nothing else of the lab: evaluate.py prints by
-it.
+`grading.grade` defines the strict and the lenient score of an answer.
 """
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 
-from data import KNOWN, read_json
-from lab.grading import grade
+from lab.predictions import read_predictions
+from lab.protocols import BENCHMARKS, PROTOCOLS
 from prompt import BadRecord
 from rewards import extract_answer
-
-FACTS = json.loads(Path(__file__).parent.with_name("benchmarks.json").read_text("utf-8"))
-PROTOCOLS, BENCHMARKS = FACTS["protocols"], FACTS["benchmarks"]
-
-
-def gradable(row: dict) -> bool:
-    """Whether `grade` can take a row of predictions, with defaults for what others leave out."""
-    if not (isinstance(row["options"], list) and isinstance(row["row"], int)):
-        return False
-    texts = [row.get("output", row.get("unreadable")), row.get("solution"), *row["options"]]
-    return row["problem_type"] in KNOWN["problem_type"] and all(isinstance(t, str) for t in texts)
-
-
-def predictions_in(path: str | Path) -> Path:
-    """The file of predictions that a folder of `--out` holds, or that is named itself."""
-    return Path(path, "predictions.jsonl") if Path(path).is_dir() else Path(path)
-
-
-def whole_lines(path: Path) -> list:
-    """The lines of a file that are JSON; says how many are not."""
-    rows, lines = [], [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    print(f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are torn and left out; their "
-          "questions are asked again where the run is continued")
-    return rows
-
-
-def read_predictions(path: str | Path) -> tuple[dict, list[dict]]:
-    """(settings, rows with "grade") of a file that `run` wrote, or of others' in Video-R1's form,
-    which do not say their settings ({}). BadRecord where there is nothing to grade."""
-    path = predictions_in(path)
-    try:
-        rows, settings, latest = read_json(path), {}, {}
-    except BadRecord as error:                  # a line that two writers or a kill have torn
-        rows, settings, latest = whole_lines(path), {}, {}
-        if not (rows and isinstance(rows[0], dict) and "settings" in rows[0]):
-            raise error from None
-    if rows and isinstance(rows[0], dict) and "settings" in rows[0]:
-        settings = rows.pop(0)["settings"]
-    elif not rows:
-        raise BadRecord(f"{path}: holds no predictions")
-    for number, given in enumerate(rows):
-        fields = given if isinstance(given, dict) else {}
-        row = {"row": number, "path": number, "problem": "", "problem_type": "multiple choice",
-               **fields, "options": fields.get("options") or []}
-        if not gradable(row):
-            raise BadRecord(f"{path}: row {number} is no prediction: its 'output' and 'solution' "
-                            f"are texts, its options and problem_type as data.py knows them")
-        if "output" in row:
-            row["grade"] = grade(row["output"], row["solution"], row["problem_type"],
-                                 row["options"])
-        latest[row["row"]] = row                # a clip that could be read later replaces its note
-    return settings, list(latest.values())
 
 
 def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -24,9 +24,10 @@ import torch
 
 import evaluate
 from lab import download, toy
+from lab.predictions import read_predictions, settings_of
+from lab.protocols import BENCHMARKS, PROTOCOLS, read_questions
 from lab.report import COLOURS
-from lab.scores import (
-    BENCHMARKS, PROTOCOLS, difference, published_figures, read_predictions, summarise, wilson)
+from lab.scores import difference, published_figures, summarise, wilson
 from prompt import BadRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +72,8 @@ class Cell:
             "--model", model, "--benchmark", benchmark, "--frames", str(frames), "--data",
             str(data), "--videos", str(a.data), "--out", str(self.out), *a.more]
         asked = evaluate.parse(self.arguments)
-        records = evaluate.read_questions(data, asked.protocol, benchmark)
-        self.rows, self.n, self.settings = [], len(records), evaluate.settings_of(asked, records)
+        records = read_questions(data, asked.protocol, benchmark)
+        self.rows, self.n, self.settings = [], len(records), settings_of(asked, records)
         self.absent = {r["row"] for r in records if not (a.data / r["path"]).is_file()}
         self.half = sum("question_only" in r["path"] for r in records)
         self.left = self.read()

@@ -9,7 +9,9 @@ import math
 import re
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -63,20 +65,20 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser = Parser(
         Options, description="Video-KTR: GRPO on key tokens", allow_abbrev=False,
         usage="ktr.py --model DIR --data FILE [--OPTION VALUE ...]   (--help names them all)")
-    if sum(word.split("=")[0] == "--rule" for word in given) > 1:
-        parser.error("--rule stands once and takes several files")
-    words = []
-    for file in parser.parse_known_args(given)[0].rule:
-        own = load_rule(file)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="paper")
+    first.add_argument("--rule", nargs="+", action="extend", default=[])
+    files = first.parse_known_args(given)[0].rule
+    rules = [load_rule(file) for file in files]
+    preset = first.parse_known_args([*chain(*rules), *given])[0].preset
+    found = Namespace(**PRESETS.get(preset, {}))
+    for file, words in zip(files, rules):
         parser.where = f"{file}: OPTIONS: "
-        if "--rule" in own:
+        if "--rule" in words:
             parser.error("a rule cannot name another --rule")
-        parser.parse_args(own)                  # a mistake in them is told with the file's name
-        words += own
+        found = parser.parse_args(words, found)
     parser.where = ""
-    words += given
-    parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
-    o = Options(**vars(parser.parse_args(words)))
+    o = Options(**vars(parser.parse_args(given, found)) | {"rule": files})
     check_values(o, parser)
     o.videos = o.videos or str(Path(o.data).parent)
     return o

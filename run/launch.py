@@ -2,9 +2,8 @@
 
     python -m run.launch "lab.report OUT" [options of ktr.py]       ("": nothing is shown)
 
-This is torchrun's work, but torchrun kills its processes 30 s after SIGTERM or Ctrl-C, too soon for
-a checkpoint of the 7B, and ends every failure with a traceback of its own. Here the processes save
-and end by themselves, and the last line is theirs.
+torchrun would kill its processes 30 s after SIGTERM or Ctrl-C, too soon for a checkpoint of the 7B,
+and end every failure with a traceback of its own. Here they save and end by themselves.
 From the environment: NPROC (all GPUs), DEVICE=cpu, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
@@ -42,12 +41,17 @@ def train(environments: list[dict[str, str]], options: list[str]) -> int:
     """Run ktr.py in these processes; the exit code of the first that failed, or 0."""
     team = [subprocess.Popen([sys.executable, KTR, *options], env=e) for e in environments]
 
-    def hand_on(*_) -> None:
+    def kill(*_) -> None:
         for process in team:
-            process.send_signal(signal.SIGTERM)
+            process.kill()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hand_on)
+    def ask_to_stop(*_) -> None:
+        signal.signal(signal.SIGINT, kill)      # a second Ctrl-C does not wait for a checkpoint
+        for process in team:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
     while not any(p.poll() for p in team) and None in (p.returncode for p in team):
         time.sleep(0.2)
     code, deadline = next((p.returncode for p in team if p.returncode), 0), time.time() + PATIENCE

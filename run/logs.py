@@ -28,8 +28,7 @@ GIB = 2 ** 30
 
 
 class Clock:
-    """Seconds by phase. On a GPU they are its own, and nobody waits for it until they are asked
-    for: a phase is prepared while the one before is still computed."""
+    """Seconds by phase. On a GPU they are its own, and nobody waits for it until they are read."""
 
     def __init__(self, device: torch.device):
         self.device, self.marks = device, []
@@ -45,16 +44,12 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        spent, cuda = defaultdict(float), self.device.type == "cuda"
+        spent, cuda = dict.fromkeys(PHASES, 0.0), self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
         for (_, begun), (phase, ended) in pairwise(self.marks):
             spent[phase] += begun.elapsed_time(ended) / 1000 if cuda else ended - begun
         return spent
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -80,18 +75,15 @@ def metrics_of(r) -> dict[str, float]:
 def metric_sums(o: Options, rollouts: list, leaving: bool) -> dict[str, float]:
     """What a rank's step adds to the sums over all ranks; the same names on each of them."""
     names = [*METRICS, *(f"share_{name}" for name in o.signals)]
-    sums = {"prompts": len(rollouts), "leaving": leaving, **dict.fromkeys(names, 0.0)}
-    for r in rollouts:
-        found = metrics_of(r)
-        for name in names:
-            sums[name] += found.get(name, 0.0)
-    return sums
+    found = [metrics_of(r) for r in rollouts]
+    sums = {name: sum(metrics.get(name, 0.0) for metrics in found) for name in names}
+    return {"prompts": len(rollouts), "leaving": leaving, **sums}
 
 
 def line_of(row: dict[str, float], steps: int) -> str:
     """One aligned line per step."""
-    phases = [(name, row[f"seconds_{name}"]) for name in PHASES]
-    seconds = " ".join(f"{name} {spent:.1f}" for name, spent in phases if spent >= 0.05)
+    seconds = " ".join(f"{name} {row[f'seconds_{name}']:.1f}" for name in PHASES
+                       if row[f"seconds_{name}"] >= 0.05)
     memory = f" {row['memory_gib']:.1f}GiB" if row["memory_gib"] else ""
     return (f"{row['step']:5d}/{steps}  reward {row['reward']:5.3f}  acc {row['accuracy']:5.3f}  "
             f"fmt {row['format']:4.2f}  len {row['length']:5.1f}  "
@@ -101,10 +93,8 @@ def line_of(row: dict[str, float], steps: int) -> str:
 
 
 def sample_of(r, step: int, tokenizer, watched: bool = False) -> dict:
-    """What samples.jsonl keeps of a rollout: its first completions, token by token.
-
-    watched: it is of the question that is asked again through the whole run.
-    """
+    """What samples.jsonl keeps of a rollout: its first completions, token by token. watched: it is
+    of the question that is asked again through the whole run."""
     completions = []
     for g, n in enumerate(r.group.lengths[:SAMPLED]):
         scores = {name: s[g, :n].tolist() for name, s in r.scores.items()}

@@ -1,9 +1,10 @@
-"""A run under way: what lasts through it, how it begins, and what is done between its steps."""
+"""A run under way: how it begins, what lasts through it, and what is done between its steps."""
 
 import json
 import math
+import shutil
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from engine.sharded import ShardedAdamW
 from engine.weights import freeze
 from options import Options
 from policy import load, score_groups
-from prompt import Processor, Prompt
+from prompt import Prompt
 from rollout import Group, Rollout
 from run import checkpoint
 from run.distributed import all_reduce_sum, distributed, wait_for_nccl
@@ -59,23 +60,54 @@ def across_ranks(scorer: nn.Module, optimizer: ShardedAdamW, device: torch.devic
     return scorer
 
 
-@dataclass
 class Training:
-    """What lasts through a run."""
-    o: Options
-    rank: int
-    ranks: int
-    device: torch.device
-    model: nn.Module                        # the policy
-    processor: Processor
-    optimizer: ShardedAdamW
-    scorer: nn.Module                       # of the policy; in DDP if there are several ranks
-    reference: nn.Module | None             # the starting checkpoint; None: beta is 0
-    state: dict                             # what a checkpoint keeps beside the weights
-    log: Log
-    stream: Stream
-    preemption: checkpoint.Preemption
-    watched: tuple[Prompt, int] | None      # (prompt, seed), looked at through the whole run
+    """What lasts through a run, and what is done between its steps."""
+
+    def __init__(self, o: Options, records: list[dict], left_out: set[int]):
+        """Load the policy, its optimizer and its reference; continue from the newest checkpoint,
+        if there is one."""
+        self.o, self.preemption = o, checkpoint.Preemption()
+        self.rank, self.ranks, self.device = rank, ranks, device = distributed()
+        out = Path(o.out)
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = Log(out, rank, reporter(o, out) if rank == 0 else None)
+        resumed = checkpoint.newest(out)
+        self.model, self.processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
+        trained = freeze(self.model, o.freeze)
+        if o.checkpointing:
+            recompute(self.model)
+        self.model.train()
+        self.optimizer = ShardedAdamW(self.model, o.lr, o.weight_decay, offload=o.offload)
+        self.reference: nn.Module | None = None         # the starting checkpoint, for the KL
+        if o.beta > 0:
+            self.reference, _ = load(o.model, device, self.model.dtype, seed=1)
+            self.reference.requires_grad_(False)
+        self.scorer: nn.Module = Scorer(self.model)
+        if ranks > 1:
+            self.scorer = across_ranks(self.scorer, self.optimizer, device)
+
+        self.state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "idle": 0,
+                      "made_by": made_by(o, ranks, records)}    # what checkpoints keep
+        if resumed:
+            self.state |= checkpoint.load_state(resumed, self.optimizer)
+            trained += f"; continuing from {resumed}"
+        if rank == 0:
+            print(trained)
+            for part in out.glob("checkpoint-*.part"):          # of a save that was killed
+                shutil.rmtree(part, ignore_errors=True)
+            rewind(out, self.state["step"])
+            (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
+        all_reduce_sum({"ranks": 1}, device)            # none writes before that is done
+        self.stream = Stream(o, records, left_out, self.processor, self.log, rank, ranks,
+                             self.state)
+        steps = self.stream.steps
+        planned = self.state.setdefault("steps", steps)
+        if planned != steps and rank == 0:
+            print(f"the run now has {steps} steps in place of {planned}: from here on the learning "
+                  f"rate follows another cosine")
+        self.state["steps"] = steps
+        # (prompt, seed) of a question that is asked again through the whole run
+        self.watched = self.stream.watched(left_out, self.processor) if rank == 0 else None
 
     @contextmanager
     def naming(self, step: int):
@@ -95,7 +127,7 @@ class Training:
         return nullcontext() if last or self.ranks == 1 else self.scorer.no_sync()
 
     def end_step(self, sums: dict[str, float], norm: float, lr: float, clock: Clock) -> bool:
-        """Count and log a step; whether the run stops here, the same on every rank."""
+        """Count and log a step; whether a signal reached any rank, so that the run stops here."""
         state, step = self.state, self.state["step"]
         state["step"], state["place"] = step + 1, self.stream.place_after(step)
         state["skipped"] += self.stream.all_ranks_prompts - int(sums["prompts"])
@@ -103,7 +135,7 @@ class Training:
         more = {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}
         self.log.step(step + 1, self.stream.steps, sums, more, clock)
         self.count_idle(sums)
-        return self.preemption.step_ended(clock.total, sums["leaving"])
+        return sums["leaving"] > 0
 
     def count_idle(self, sums: dict[str, float]) -> None:
         """Say when nothing has been learnt in IDLE steps in a row, and why."""
@@ -139,9 +171,7 @@ class Training:
                              f"{out}/skipped.*.jsonl; `python data.py check {o.data} --videos "
                              f"{o.videos}` lists them all for --leave_out")
         if o.save_every and (done % o.save_every == 0 or done == steps or stopping):
-            self.preemption.saving = True
             checkpoint.save(out, self.model, self.processor, self.optimizer, self.state, o)
-            self.preemption.saving = False
         if stopping and done < steps:
             if self.rank == 0:
                 saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
@@ -151,53 +181,7 @@ class Training:
 
     def end(self) -> None:
         """The run is done: OUT/final points to its last checkpoint."""
-        self.preemption.heard.set()
         if self.rank == 0 and self.o.save_every:
             final = checkpoint.point_to_newest(Path(self.o.out))
             print(f"done: {self.stream.steps} steps; the model is in {final}, the log in "
                   f"{self.o.out}/log.jsonl")
-
-
-def start_training(o: Options, records: list[dict], left_out: set[int]) -> Training:
-    """Load the policy, its optimizer and its reference; continue from the newest checkpoint, if
-    there is one."""
-    preemption = checkpoint.Preemption()
-    rank, ranks, device = distributed()
-    out = Path(o.out)
-    out.mkdir(parents=True, exist_ok=True)
-    log = Log(out, rank, reporter(o, out) if rank == 0 else None)
-    resumed = checkpoint.newest(out)
-    model, processor = load(str(resumed or o.model), device, getattr(torch, o.dtype))
-    trained = freeze(model, o.freeze)
-    if o.checkpointing:
-        recompute(model)
-    model.train()
-    optimizer = ShardedAdamW(model, o.lr, o.weight_decay, offload=o.offload)
-    reference = None
-    if o.beta > 0:
-        reference, _ = load(o.model, device, model.dtype, seed=1)
-        reference.requires_grad_(False)
-    scorer: nn.Module = Scorer(model)
-    if ranks > 1:
-        scorer = across_ranks(scorer, optimizer, device)
-
-    state = {"step": 0, "place": 0, "skipped": 0, "not_finite": 0, "idle": 0,
-             "made_by": made_by(o, ranks, records)}
-    if resumed:
-        state |= checkpoint.load_state(resumed, optimizer)
-        trained += f"; continuing from {resumed}"
-    if rank == 0:
-        print(trained)
-        checkpoint.sweep(out)
-        rewind(out, state["step"])
-        (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
-    all_reduce_sum({"ranks": 1}, device)    # none writes before that is done
-    stream = Stream(o, records, left_out, processor, log, rank, ranks, state)
-    planned = state.setdefault("steps", stream.steps)
-    if planned != stream.steps and rank == 0:
-        print(f"the run now has {stream.steps} steps in place of {planned}: from here on the "
-              f"learning rate follows another cosine")
-    state["steps"] = stream.steps
-    watched = stream.watched(left_out, processor) if rank == 0 else None
-    return Training(o, rank, ranks, device, model, processor, optimizer, scorer, reference, state,
-                    log, stream, preemption, watched)

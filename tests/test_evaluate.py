@@ -17,13 +17,13 @@ from PIL import Image
 import evaluate
 from data import read_json
 from engine.decoding import vision_tokens
-from evaluate import main, parse, read_questions, worded
+from evaluate import main, parse, read_questions, with_prompt
 from lab import toy
 from lab.grading import grade, lenient_choice
 from lab.holmes import converted
-from lab.scores import (
-    BENCHMARKS, FACTS, PROTOCOLS, compare, paired, part_of, published_figures, read_predictions,
-    report, summarise, wilson)
+from lab.predictions import read_predictions
+from lab.protocols import BENCHMARKS, FACTS, PROTOCOLS
+from lab.scores import compare, paired, part_of, published_figures, report, summarise, wilson
 from prompt import QUESTION_EVAL, BadRecord, by_letter, question_text
 
 SHARED = Path(os.environ.get("BENCHMARK_LISTS", ROOT.parent / "shared" / "data"))
@@ -252,22 +252,22 @@ def test_holmes_own_annotations(tmp_path):
 
 def test_the_words_of_each_protocol():
     record = converted(HOLMES_ROW)
-    own = question_text(worded(record, "video-ktr", "video-holmes"))
+    own = question_text(with_prompt(record, "video-ktr", "video-holmes"))
     assert own.startswith("Based on the given video, reason and answer the single-choice question.")
     assert own.endswith("The question is: Why?. The options are: A: x, B: y. Your answer:")
     listed = {key: record[key] for key in ("problem", "problem_type", "options")}
-    assert question_text(worded(listed, "video-ktr", "video-holmes")) == own
+    assert question_text(with_prompt(listed, "video-ktr", "video-holmes")) == own
     usual = question_text(listed, QUESTION_EVAL)
     for protocol, benchmark in [("video-r1", "video-holmes"), ("video-ktr", "mmvu")]:
-        assert question_text(worded(listed, protocol, benchmark), QUESTION_EVAL) == usual
-    assert question_text(worded(record, "video-r1", "video-holmes"), QUESTION_EVAL) == usual
+        assert question_text(with_prompt(listed, protocol, benchmark), QUESTION_EVAL) == usual
+    assert question_text(with_prompt(record, "video-r1", "video-holmes"), QUESTION_EVAL) == usual
     untidy = {"problem": "Why {x}?\nOptions:", "problem_type": "multiple choice",
               "options": ["A) one {y}", "two", "(C) three", "E. four"]}
-    assert question_text(worded(untidy, "direct", "mmvu")) == (
+    assert question_text(with_prompt(untidy, "direct", "mmvu")) == (
         "Why {x}?\nA. A) one {y}\nB. two\nC. (C) three\nD. E. four\n"
         "Answer with the option's letter from the given choices directly.")
     number = {"problem": "How many?", "problem_type": "numerical", "options": []}
-    assert question_text(worded(number, "direct", "mmvu")) == (
+    assert question_text(with_prompt(number, "direct", "mmvu")) == (
         "How many?\nAnswer the question using a single word or phrase.")
 
 

@@ -236,7 +236,7 @@ import ktr
 from run import training
 from run.arguments import parse
 from run.distributed import exit_process
-begin, step, places = training.start_training, training.ShardedAdamW.step, []
+begin, step, places = training.Training, training.ShardedAdamW.step, []
 def place(optimizer):
     return [p.grad.data_ptr() for p in optimizer.params]
 def begun(*arguments):
@@ -246,7 +246,7 @@ def begun(*arguments):
 def stepped(optimizer, *arguments):
     assert place(optimizer) == places[0], "DDP has made new buckets beside the old ones"
     step(optimizer, *arguments)
-ktr.start_training, training.ShardedAdamW.step = begun, stepped
+ktr.Training, training.ShardedAdamW.step = begun, stepped
 ktr.main(parse())
 exit_process()
 '''
@@ -414,40 +414,6 @@ def test_without_checkpoints_nothing_is_claimed_and_the_old_log_is_kept(run, tmp
     assert steps_in(tmp_path) == 1
     (aside,) = tmp_path.glob("log.jsonl.before-*")
     assert aside.read_text() == before and len(before.splitlines()) == 2
-
-
-PREEMPTED = "import os, signal, threading, time\nfrom run.checkpoint import Preemption\n"
-TERM = "os.kill(os.getpid(), signal.SIGTERM)\n"
-
-
-def preempted(code):
-    begun = time.time()
-    code, out = finish(start(["-c", PREEMPTED + code]), 60)
-    return code, out, time.time() - begun
-
-
-def test_a_process_that_saves_is_waited_for():
-    code, out, _ = preempted(f"p = Preemption(grace=0.5)\np.saving = True\n{TERM}"
-                             "time.sleep(1.5)\np.heard.set()\nprint('saved')")
-    assert code == 0 and out == "saved\n"
-
-
-def test_a_stuck_process_leaves_after_the_grace():
-    code, out, seconds = preempted(f"Preemption(grace=1.0)\n{TERM}"
-                                   "threading.Event().wait(50)\nprint('still here')")
-    assert code == 1 and "no checkpoint is saved" in out and seconds < 40
-
-
-def test_a_step_longer_than_the_grace_is_waited_for():
-    """45 s were less than a step of the 7B on slow machines, and nothing was saved."""
-    code, out, _ = preempted(
-        f"p = Preemption(grace=0.2)\nassert not p.step_ended(1.0, 0)\n{TERM}"
-        "time.sleep(1.5)\nassert p.asked and p.step_ended(1.0, 1)\nprint('saves now')")
-    assert code == 0 and out == "saves now\n"
-    code, out, _ = preempted(                   # but not for ever: three times the longest step
-        f"p = Preemption(grace=0.2)\np.step_ended(0.5, 0)\n{TERM}"
-        "threading.Event().wait(50)\nprint('still here')")
-    assert code == 1 and "no checkpoint is saved" in out
 
 
 @pytest.mark.parametrize("where", ["weights", "state"])
@@ -719,7 +685,7 @@ def test_a_rule_may_read_the_reference_also_of_the_watched_question(run, tmp_pat
 def test_what_only_a_start_can_refuse_is_refused_before(run, tmp_path):
     """Another G on a resume, an --out that is a file: before "ready", in one line."""
     run(tmp_path / "a", "--max_steps", 1)
-    with pytest.raises(SystemExit, match="was made otherwise .G: 4 there, 3 now."):
+    with pytest.raises(SystemExit, match="cannot be continued .G: 4 there, 3 now."):
         run(tmp_path / "a", "--max_steps", 2, "--G", 3, "--check")
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="error: --out .*file cannot be written"):

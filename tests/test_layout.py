@@ -16,7 +16,7 @@ ORDER = [                   # each line may import those above it, and its own
     {"records"},
     {"data"},
     {"policy", "attribution"},
-    {"run", "lab.grading", "lab.scores"},
+    {"run", "lab.grading", "lab.protocols", "lab.predictions", "lab.scores"},
     {"ktr", "evaluate"},
     {"lab"},
 ]

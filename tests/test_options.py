@@ -92,8 +92,6 @@ def test_a_bad_value_is_one_line_that_says_what_is_allowed(name, value, allowed,
     (["--freeze", "vision", "head"], "invalid choice: 'head'"),
     (["--freeze", "language", "vision", "projector"], "--freeze leaves nothing to train"),
     (["--shift", "blur"], "signed"),            # argparse lists the choices
-    (["--rule", "a.py", "--rule", "b.py"], "--rule stands once and takes several files"),
-    (["--rule=a.py", "--rule", "b.py"], "--rule stands once and takes several files"),
     (["--data", ""], "--data is needed"), (["--model", ""], "--model is needed"),
 ])
 def test_values_that_do_not_go_together(arguments, says, capsys):
@@ -127,6 +125,8 @@ def test_a_rules_preset_sets_its_choices(tmp_path, capsys):
     (tmp_path / "c.py").write_text('OPTIONS = "--lr 0.5"')
     o = parse([*BASE, "--rule", str(tmp_path / "a.py"), str(tmp_path / "c.py")])
     assert (o.pool, o.lr) == ("response", 0.5)
+    again = ["--rule", str(tmp_path / "a.py"), f"--rule={tmp_path / 'c.py'}"]
+    assert parse([*BASE, *again]) == o
     (tmp_path / "d.py").write_text('OPTIONS = "--ratoi 0.1"')
     line = refusal(capsys, "--rule", str(tmp_path / "d.py"))
     assert f"{tmp_path}/d.py: OPTIONS: unrecognized arguments: --ratoi" in line
