@@ -1,7 +1,7 @@
 """Processes: how a run of several starts, sums up and ends.
 
-torchrun says how many there are; without it there is one. KTR_SHARE_GPU=1 lets several processes
-share the first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
+The environment says how many there are, as torchrun sets it. KTR_SHARE_GPU=1 lets several share the
+first GPU and talk through gloo (NCCL refuses that): tests of two ranks then need one GPU.
 """
 
 import multiprocessing
@@ -16,23 +16,18 @@ import torch.distributed as dist
 
 
 def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
-    """(rank, world size, device); NCCL on GPUs, else gloo.
-
-    The timeout is for ranks that wait: for rank 0 to write a checkpoint to a slow disk, say. A rank
-    that raises or dies does not need it; torchrun ends the others then.
+    """(rank, world size, device); NCCL on GPUs, else gloo. The timeout is for ranks that wait: for
+    rank 0 to write a checkpoint to a slow disk, say. (If one dies, the launcher ends the others.)
     """
-    if not torch.cuda.is_available():
-        device, backend = torch.device("cpu"), "gloo"
-    elif os.environ.get("KTR_SHARE_GPU") == "1":
-        device, backend = torch.device("cuda", 0), "gloo"
-    else:
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
-    if device.type == "cuda":
+    device, shared = torch.device("cpu"), os.environ.get("KTR_SHARE_GPU") == "1"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0 if shared else int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
-    dist.init_process_group(backend, timeout=timeout,
-                            device_id=device if backend == "nccl" else None)
+    nccl = device.type == "cuda" and not shared
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=timeout,
+                            device_id=device if nccl else None)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -62,12 +57,9 @@ def run_program(main: Callable[[], object]) -> None:
 
 
 def exit_process() -> None:
-    """End this process now that its work is done: at once, without destructors and exit handlers.
-
-    inductor's handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's
-    destructors abort about one exit in 40 ("terminate called without an active exception"), which
-    torchrun takes for a failure of the whole run. What a run keeps is on the disk by now.
-    """
+    """End this process, whose work is done, without exit handlers and destructors: inductor's
+    handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's destructors
+    abort about one exit in 40, which would count as a failure of the whole run."""
     if dist.is_initialized():
         dist.barrier()
     if torch.cuda.is_initialized():

@@ -23,15 +23,15 @@ PATIENCE = 20           # seconds that the others have to end after one has fail
 
 def environments(nproc: int) -> list[dict[str, str]]:
     """What torch.distributed reads, for each process of this node."""
-    several = os.environ.get("NNODES", "1") != "1"
-    for name in ("NODE_RANK", "MASTER_ADDR") if several else ():
-        if name not in os.environ:
+    e = {"OMP_NUM_THREADS": "1", "NNODES": "1", "MASTER_PORT": "29500", **os.environ}
+    if e["NNODES"] == "1":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = str(free.getsockname()[1])
+        e |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name in ("NODE_RANK", "MASTER_ADDR"):
+        if name not in e:
             raise SystemExit(f"error: {name} is not set")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        alone = {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free.getsockname()[1])}
-    e = {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29500", **os.environ, **({} if several else alone)}
     first, ranks = nproc * int(e["NODE_RANK"]), nproc * int(e["NNODES"])
     e |= {"LOCAL_WORLD_SIZE": str(nproc), "WORLD_SIZE": str(ranks)}
     return [{**e, "RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(nproc)]

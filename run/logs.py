@@ -7,7 +7,6 @@
 
 import json
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +23,6 @@ METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "length_bonus",
            "key_share", "overlap", "sampling_gap")
 OF_THE_LOSS = ("kl", "clipped")         # means over the groups that bear the loss
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
-GIB = 2 ** 30
 
 
 class Clock:
@@ -145,7 +143,7 @@ def rewind(out: Path, step: int) -> None:
 
 def reporter(o: Options, out: Path) -> tuple | None:
     """(what sends a row of the log, what ends that) where --report_to says; None if nowhere.
-    SystemExit if what it says is not installed."""
+    SystemExit if that is not installed."""
     try:
         if o.report_to == "wandb":
             import wandb
@@ -154,11 +152,8 @@ def reporter(o: Options, out: Path) -> tuple | None:
         if o.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             board = SummaryWriter(out)
-
-            def send(row: dict[str, float]) -> None:
-                for name, value in row.items():
-                    board.add_scalar(name, value, row["step"])
-            return send, board.close
+            return (lambda row: [board.add_scalar(*item, row["step"]) for item in row.items()],
+                    board.close)
     except ImportError:
         raise SystemExit(f"error: pip install {o.report_to}, or leave --report_to out") from None
 
@@ -178,17 +173,15 @@ class Log:
         """One row: means over the prompts of all ranks; seconds and memory are rank 0's."""
         if self.rank:
             return
-        n, spent = max(sums["prompts"], 1), clock.seconds
-        seconds = sum(spent.values())
-        bearing = max(n - sums["dropped"], 1)         # groups that bear the loss
+        spent, n = clock.seconds, max(sums["prompts"], 1)
+        bearing, seconds = max(n - sums["dropped"], 1), sum(spent.values())
         means = {name: value / (bearing if name in OF_THE_LOSS else n)
                  for name, value in sums.items() if name != "leaving"}
-        cuda = torch.cuda.is_available()
         row = {"step": step, **means, **more, "tokens": sums["tokens"],
                "prompts": sums["prompts"], "seconds": seconds,
                "tokens_per_second": sums["tokens"] / seconds,
-               **{f"seconds_{name}": spent[name] for name in PHASES},
-               "memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else 0.0}
+               **{f"seconds_{name}": value for name, value in spent.items()},
+               "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
         self.append("log.jsonl", row)
         tqdm.write(line_of(row, steps))
         if self.reporter:
