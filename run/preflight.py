@@ -1,5 +1,4 @@
-"""What must be there before a run starts: options, files, records, weights, a clip that decodes,
-GPUs with enough memory. All mistakes are told here, in one line each, before anything is loaded."""
+"""What must be there before a run starts. All mistakes are told here, before anything is loaded."""
 
 import os
 import tempfile
@@ -14,29 +13,30 @@ from engine.weights import weight_count
 from options import MAY_CHANGE, Options
 from policy import load_processor
 from prompt import Prompt
+from run.arguments import check_names
 from run.checkpoint import check_made_by, newest
 from run.logs import lost_records
-from run.arguments import check_names
 from run.stream import limits_of
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
 
 
 def check_start(o: Options) -> tuple[list[dict], set[int]]:
-    """The well-formed records and the indices of those to leave out; SystemExit, in one line, if
-    something is missing: files, records, weights, a clip that decodes, GPUs."""
+    """The well-formed records and the indices of those to leave out. SystemExit, in one line, if
+    something is missing: files, records, weights, a clip that decodes, GPUs and their memory."""
     def fail(message: object):
         raise SystemExit(f"error: {message}")
 
     check_names(o)
-    here, gpus, out = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count(), o.out
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
         fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
-    held = newest(Path(out))
-    if o.resume == "never" and (held or (Path(out) / "log.jsonl").exists()):
+    out = Path(o.out)
+    held = newest(out)
+    if o.resume == "never" and (held or (out / "log.jsonl").exists()):
         fail(f"--out {out} holds a run already; choose another folder or --resume auto")
     try:
-        there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         fail(f"--out {out} cannot be written: {error}")
@@ -59,10 +59,8 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
 
     if held:
         check_made_by(held, made_by(o, ranks, records))
-    lost = lost_records(Path(out)) if held else {}
-    left_out = {i for i, record in enumerate(records) if record["row"] not in usable}
-    trial = [i for i, record in enumerate(records)
-             if i not in left_out and record["row"] not in lost][:3]
+    untried = usable - lost_records(out).keys() if held else usable
+    trial = [i for i, r in enumerate(records) if r["row"] in untried][:3]
     data = Prompts(records, o.videos, processor, limits_of(o))
     tried = list(loader(data, trial, workers=min(1, o.workers)))
     if not any(isinstance(item, Prompt) for item in tried):
@@ -75,7 +73,7 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
         if vain:
             print(f"nothing can be learnt from {len(vain)} of {rows} records, the first: {vain[0]} "
                   f"(`python data.py check` lists them for --leave_out)")
-    return records, left_out
+    return records, {i for i, r in enumerate(records) if r["row"] not in usable}
 
 
 def made_by(o: Options, ranks: int, records: list[dict]) -> dict:

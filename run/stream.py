@@ -20,12 +20,9 @@ def limits_of(o: Options) -> Limits:
 
 def record_order(seed: int, records: int, per_epoch: int, left_out: set[int],
                  first_place: int) -> Iterator[tuple[int, int]]:
-    """(place, index of its record), from first_place on, without end.
-
-    Places count through the run. Each epoch is another permutation of the records, cut to per_epoch
-    of them. Records that are left out keep their places and are passed over, so that more of them
-    may be left out when a run goes on.
-    """
+    """(place, index of its record), from first_place on, without end. Places count through the run;
+    each epoch is another permutation of the records, cut to per_epoch of them. What is left out
+    keeps its places, so that more may be left out when a run goes on."""
     for place in count(first_place):
         epoch, i = divmod(place, per_epoch)
         if i == 0 or place == first_place:
@@ -61,7 +58,6 @@ class Stream:
 
     def __init__(self, o: Options, records: list[dict], left_out: set[int], processor: Processor,
                  log: Log, rank: int, ranks: int, state: dict):
-        """state: of the run, with the steps done and the place to go on from."""
         self.o, self.records, self.log, self.rank = o, records, log, rank
         self.all_ranks_prompts = o.prompts_per_step * ranks                     # in a step
         self.first = state["step"]
