@@ -10,9 +10,9 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from data import KNOWN, read_json
 from lab.grading import grade
 from prompt import BadRecord
+from records import KNOWN, read_json
 from rewards import extract_answer
 
 FACTS = json.loads(Path(__file__).parent.with_name("benchmarks.json").read_text("utf-8"))
