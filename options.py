@@ -97,8 +97,8 @@ class Options:
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
     filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if all "
                          "its completions have the same accuracy, or the same reward (DAPO)")
-    mask_cut: bool = option(False, "leave a completion out of the loss if the limit cut it (DAPO)")
-    weighting: str = option("binary", "tokens' weights in the loss: binary (eq. 5), or a rule's name")
+    mask_cut: bool = option(False, "leave a completion out of the loss if it was cut (DAPO)")
+    weighting: str = option("binary", "weights of the tokens: binary (eq. 5), or a rule's name")
     advantage: str = option("group", "how advantages are made: group (eq. 1), or a rule's name")
     penalty: str = option("none", "term that is added to the loss: none, or a rule's name")
     extra_reward: str = option("none", "reward that is added to the others: none, or a rule's name")
