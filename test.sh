@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing (see run/env.sh) and runs the tests: CPU only, no network, a few minutes
-# on two cores.
-# bash test.sh --gpu [...]     the tests that need a GPU (tests/gpu), under nine minutes on one
+# bash test.sh [...]           the tests: CPU only, no network, about six minutes on two cores
+# bash test.sh --gpu [...]     the tests that need a GPU (tests/gpu), about five minutes on one
+# [...]: options of pytest. What is missing is installed first (run/env.sh).
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd); cd "$HERE"
 . run/env.sh
@@ -12,7 +12,7 @@ if [ "${1:-}" = --gpu ]; then
     exec "$PY" -m pytest -v -rs -rP --durations=0 -n 3 --dist loadfile --no-loadscope-reorder "$@" \
         "${longest_first[@]}"
 fi
-# one test needs a browser: root of a Debian gets it if there is a network, others skip that test
+# one test needs a browser: it is installed for root on Debian with a network, else that test is skipped
 if [ ! -x /usr/bin/chromium ] && command -v apt-get && [ "$(id -u)" = 0 ]; then
     export DEBIAN_FRONTEND=noninteractive
     timeout 60 apt-get -q update && timeout 180 apt-get -qy install --no-install-recommends chromium

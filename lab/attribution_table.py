@@ -113,7 +113,7 @@ def print_table(table: dict, ratio: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cold_start")
-    parser.add_argument("--data", type=Path, default=Path("toy_world"))
+    parser.add_argument("--model", default="cold_start", help="checkpoint to look at")
+    parser.add_argument("--data", type=Path, default=Path("toy_world"), help="the toy world")
     arguments = parser.parse_args()
     attribution_table(arguments.model, arguments.data)

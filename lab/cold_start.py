@@ -86,10 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path)
-    add("--family", choices=toy.TINY, default="qwen2.5")
-    add("--world", choices=toy.WORLDS, default="toy")
-    add("--model", default="cold_start", help="where another world's begins")
+    add("folder", type=Path, help="where the checkpoint goes")
+    add("--family", choices=toy.TINY, default="qwen2.5", help="architecture of the tiny model")
+    add("--world", choices=toy.WORLDS, default="toy", help="world that the questions come from")
+    add("--model", default="cold_start", help="checkpoint that another --world starts from")
     a = parser.parse_args()
     more = {} if a.world == "toy" else dict(steps=120, batch=32, lr=5e-4, start=a.model)
     train(a.folder, family=a.family, world=toy.WORLDS[a.world], **more)

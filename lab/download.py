@@ -146,10 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR")
     add("--list", default="paper", help="paper, 260k, a file in Video-R1's form, or a URL")
-    add("--only", nargs="+", default=[], metavar="PART", help="image, video, folders of the list")
-    add("--benchmarks", action="store_true", help="not the training data but the benchmarks'")
-    add("--keep_zips", action="store_true", help="do not delete a zip when it is unpacked")
-    add("--dry_run", action="store_true", help="say what it takes, and stop")
+    add("--only", nargs="+", default=[], metavar="PART", help="image, video, or folders")
+    add("--benchmarks", action="store_true", help="load the benchmarks, not the training data")
+    add("--keep_zips", action="store_true", help="keep each zip after it is unpacked")
+    add("--dry_run", action="store_true", help="tell what would be loaded, and stop")
     a = parser.parse_args(arguments)
     a.folder = a.folder.resolve()
     if a.benchmarks and (a.only or a.list != "paper"):

@@ -85,9 +85,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=["clips", "table"])
-    add("folder", type=Path)
-    add("--frames", type=int, default=16)
-    add("--epoch", type=int, default=16916, help="prompts of one; the paper's list has 16,916")
+    add("folder", type=Path, help="the folder that `clips` fills, or a finished run")
+    add("--frames", type=int, default=16, help="frames that a clip must have at 2 a second")
+    add("--epoch", type=int, default=16916, help="prompts of an epoch; the paper's list has 16,916")
     add("--out", type=Path, help="also write the table as JSON")
     a = parser.parse_args()
     if a.command == "clips":

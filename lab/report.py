@@ -340,8 +340,8 @@ def plot(runs: list[dict], names: list[str], page: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that ktr.py wrote")
-    parser.add_argument("--out", type=Path, help="the page (default: in the first folder)")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs (--out of ktr.py)")
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first)")
     a = parser.parse_args()
     out, content = a.out or a.runs[0] / "report.html", content_of(named(a.runs))
     out.write_text(build(content), encoding="utf-8")

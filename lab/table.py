@@ -242,12 +242,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="train.sh table", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL")
-    add("--data", type=Path, default=Path("."), help="the folder of lists and clips")
-    add("--benchmarks", nargs="+", choices=[*PAPER, "mvbench", "vsibench"], default=PAPER)
-    add("--frames", nargs="+", type=int, help="default: 16 32 64")
-    add("--out", type=Path, default=Path("runs/table"))
-    add("--toy", action="store_true", help="the toy's benchmark, cold start and run")
+    add("models", nargs="*", metavar="MODEL", help="a run, a checkpoint's folder or a hub name")
+    add("--data", type=Path, default=Path("."), help="folder of the lists and their clips")
+    add("--benchmarks", nargs="+", choices=[*PAPER, "mvbench", "vsibench"], default=PAPER,
+        help="columns of the table (default: the paper's)")
+    add("--frames", nargs="+", type=int, help="numbers of frames (default: 16 32 64)")
+    add("--out", type=Path, default=Path("runs/table"), help="folder for answers and table")
+    add("--toy", action="store_true", help="the toy's benchmark, its cold start and runs/toy")
     a, a.more = parser.parse_known_args(arguments)
     a.frames = a.frames or ([4, 8] if a.toy else [16, 32, 64])
     if a.toy:
@@ -256,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         a.models = a.models or [str(x) for x in own if x == own[0] or (x / "final").exists()]
         os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if not a.models:
-        parser.error("which models?")
+        parser.error("no MODEL is named")
     return a
 
 

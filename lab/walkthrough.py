@@ -29,15 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 G, SCALE = 4, 3                 # completions; how much larger the picture is than the clip
 PAGE = """# A walk through one step
 
-The whole of algorithm 1 on one question, with its numbers, by the toy's cold start: what `ktr.py`
-does eight times in each step of `bash train.sh`. Made by `OMP_NUM_THREADS=1 python -m
-lab.walkthrough`; a test makes it again.
+One question of the toy world, answered by its cold start, through the whole of algorithm 1 with its
+numbers. `ktr.py` does this for eight questions in each step of `bash train.sh`. This page is made
+by `OMP_NUM_THREADS=1 python -m lab.walkthrough`; a test makes it again.
 
 ## The question
 
 ![the clip's {frames} frames](walkthrough.png)
 
-{problem} Options: {options}. Right is **{truth}**.
+{problem} Options: {options}. The right answer is **{truth}**.
 
 `prompt.question_text` puts the question into the protocol's words:
 
@@ -54,7 +54,7 @@ lab.walkthrough`; a test makes it again.
 
 ## Rewards and advantages, eq. 1 (`ktr.add_rewards`, `grpo.group_advantages`)
 
-| completion | answer | accuracy | format | reward R | (R - {mean:.2f}) / ({deviation:.2f} + 1e-4) |
+| completion | answer | accuracy | format | R | advantage (R - {mean:.2f}) / ({deviation:.2f} + 1e-4) |
 |---|---|---|---|---|---|
 {rewards}
 
@@ -62,12 +62,12 @@ No completion has 320 tokens, so the length bonus is 0.
 
 ## Attribution, eq. 2 to 5 (`attribution.attribute`)
 
-Completion {row}, token by token: its log-probability; the same when the video is masked
-(`attribution.mask_video`: {masked} tokens of the prompt are left) and when its frames stand in the
-order {order} (`attribution.shuffle_frames`); how far it moves (`attribution.shift`); its entropy.
-Each signal keeps the top 20% of all {tokens} tokens of the group, that is {kept}
-(`attribution.top_tokens`): V, T, H. A token that any of them keeps is a key token
-(`attribution.union`): {key} of the {tokens}, here {row_key} of {length}.
+The table shows completion {row}, token by token: log p; log p with the video masked
+(`attribution.mask_video`: {masked} tokens of the prompt are left); log p with the frames in the
+order {order} (`attribution.shuffle_frames`); how far it moves (`attribution.shift`). Each signal
+keeps the top 20% of the group's {tokens} tokens, that is {kept} (`attribution.top_tokens`):
+V visual, T temporal, H entropy. A token that any of them keeps is a key token
+(`attribution.union`): {key} in the group, {row_key} of the {length} in completion {row}.
 
 | token | log p | masked | change | shuffled | change | entropy | kept by |
 |---|---|---|---|---|---|---|---|
@@ -75,22 +75,22 @@ Each signal keeps the top 20% of all {tokens} tokens of the group, that is {kept
 
 ## The loss, eq. 5 (`grpo.grpo_loss`)
 
-The rollout is used once, so rho = exp(logp - old_logp) = 1 and the clip does not bind; the policy
-still is the reference, so KL = 0. Completion {row} adds
+The rollout is used once, so rho = exp(logp - old_logp) = 1 and the clip does not bind. In the first
+step the policy is still the reference, so KL = 0. Completion {row} adds
 
     1/|o| sum_t m_t A = 1/{length} x {row_key} x {advantage:.4f} = {by_hand:.4f}
 
-to the objective; `grpo_loss` of this row alone gives the loss {loss:.4f}, its negative.
+to the objective. `grpo_loss` of this row alone gives the loss {loss:.4f}, the negative of it.
 
 ## The gradient (`lab.gradients`)
 
-In the last layer of the language model, of the loss of all {G} completions:
+Of the loss of all {G} completions, in the last layer of the language model:
 
-| of | norm | cosine with the whole |
+| tokens | norm | cosine with the whole |
 |---|---|---|
 {gradients}
 
-The optimizer steps along the first (`engine.sharded.ShardedAdamW`). What comes next: `ktr.main`.
+The optimizer follows the first (`engine.sharded.ShardedAdamW`). `ktr.main` has the loop around this.
 """
 
 
