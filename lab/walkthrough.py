@@ -54,7 +54,7 @@ by `OMP_NUM_THREADS=1 python -m lab.walkthrough`; a test makes it again.
 
 ## Rewards and advantages, eq. 1 (`ktr.add_rewards`, `grpo.group_advantages`)
 
-| completion | answer | accuracy | format | R | advantage (R - {mean:.2f}) / ({deviation:.2f} + 1e-4) |
+| row | answer | accuracy | format | R | advantage (R - {mean:.2f}) / ({deviation:.2f} + 1e-4) |
 |---|---|---|---|---|---|
 {rewards}
 
