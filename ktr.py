@@ -117,12 +117,10 @@ def find_key_tokens(o: Options, rollouts: list[Rollout], model: nn.Module) -> No
     def score(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Tensor]:
         return [logp for logp, _ in score_groups(model, prompts, groups)]
 
-    def states(r: Rollout, prompt: Prompt | None = None) -> tuple[Tensor, Tensor]:
-        return predicting_states(model, prompt or r.prompt, r.group)
-
     with evaluating(model):
         for r in rollouts:
-            r.states = partial(states, r)
+            r.model, r.batch = model, rollouts
+            r.states = lambda prompt=r.prompt, r=r: predicting_states(model, prompt, r.group)
         attribute(rollouts, o, score)
 
 
@@ -204,6 +202,8 @@ def main(o: Options) -> None:
             prompts = t.stream.take(step)
             clock("data")
             rollouts = sample_rollouts(o, t.model, t.processor, prompts)            # sample
+            for r in rollouts:
+                r.progress = step / t.stream.steps
             clock("sample")
             divisor = loss_divisor(o, rollouts, t.ranks, t.device)
             rows = [len(r.prompt.ids) + sum(r.group.lengths) for r in rollouts]

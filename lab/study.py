@@ -46,7 +46,7 @@ VARIANTS = {
     "VPPO": "--rule lab/rules/vppo.py",
     "PAPO": "--rule lab/rules/papo.py",
     "T-GRPO": "--rule lab/rules/t_grpo.py",
-    "spread weights": "--rule lab/rules/tw_grpo.py",    # TW-GRPO, but for its beta
+    "TW-GRPO": "--rule lab/rules/tw_grpo.py",
     "random 20%": "--signals random",
     "entropy": "--signals entropy",
     "temporal": "--signals temporal",
@@ -61,8 +61,11 @@ VARIANTS = {
     "KTR half masked": "--rule lab/rules/masking.py --signals visual_half temporal entropy",
     "KTR / selected": "--normalize selected",           # the release's divisor
     "random 45% / selected": "--signals random --ratio 0.45 --normalize selected",
-    "PGPO's weights": "--rule lab/rules/pgpo.py",
-    "weights per signal": "--rule lab/rules/per_signal.py",
+    "PGPO": "--rule lab/rules/pgpo.py",
+    "ToR": "--rule lab/rules/tor.py",
+    "VEPO": "--rule lab/rules/vepo.py",
+    "VGPO": "--rule lab/rules/vgpo.py",
+    "PEPO": "--rule lab/rules/pepo.py",
     "Dr. GRPO": "--rule lab/rules/dr_grpo.py",
     "DAPO": "--rule lab/rules/dapo.py",
     "entropy 80/20": "--rule lab/rules/entropy_80_20.py",

@@ -15,9 +15,9 @@ import ktr
 from attribution import COUNTERFACTUALS, WEIGHTS, shuffle_frames
 from attribution import SCORES as SCORES_OF_ATTRIBUTION
 from ktr import find_key_tokens
-from lab.rules import distances, frame_orders, masking, soft_weights
-from lab.rules.common import leave_out_tokens
-from lab.rules.distances import DISTANCES, distance
+from lab.rules import common, frame_orders, masking, soft_weights
+from lab.rules.common import leave_out_tokens, of_predictions
+from lab.rules.distances import DISTANCES
 from options import Options
 from policy import predicting_states, sample, score
 from prompt import BadRecord
@@ -80,14 +80,14 @@ def test_a_shift_in_chunks_is_the_shift_at_once(kind, monkeypatch):
     torch.manual_seed(0)
     states, other, head = torch.randn(10, 4), torch.randn(10, 4), torch.randn(7, 4)
     want = DISTANCES[kind]((states @ head.T).log_softmax(-1), (other @ head.T).log_softmax(-1))
-    assert torch.allclose(distance(states, other, head, kind), want, atol=1e-6)
+    assert torch.allclose(of_predictions(DISTANCES[kind], head, states, other), want, atol=1e-6)
     rows, between = [], DISTANCES[kind]
     monkeypatch.setitem(DISTANCES, kind, lambda p, q: rows.append(len(p)) or between(p, q))
     # room for 3 rows of 7 words, and for not even one
     for room, sizes in ((3 * 7 + 6, [3, 3, 3, 1]), (1, [1] * 10)):
-        monkeypatch.setattr(distances, "LOGITS_AT_ONCE", room)
+        monkeypatch.setattr(common, "LOGITS_AT_ONCE", room)
         rows.clear()
-        got = distance(states, other, head, kind)
+        got = of_predictions(DISTANCES[kind], head, states, other)
         assert torch.allclose(got, want, atol=1e-6) and rows == sizes
 
 

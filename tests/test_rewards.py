@@ -9,7 +9,7 @@ from nltk import edit_distance
 
 from data import BadRecord, check_record, read_json, useless
 from lab.grading import grade
-from lab.rules import tw_grpo
+from lab.rules import soft_reward
 from prompt import question_text
 from rewards import accuracy_reward, extract_answer, format_reward, length_bonus, word_accuracy
 
@@ -158,8 +158,7 @@ def parse_all(text, folder):
     limited(question_text, record)
     for kind in ("multiple choice", "numerical", "free-form"):
         limited(useless, {**record, "problem_type": kind})
-    limited(tw_grpo.part_right, text, asked)
-    limited(tw_grpo.SEVERAL.fullmatch, text)
+    limited(soft_reward.part_right, text, asked)
     for parser, *given in ((check_record, record, 0), (read_json, path)):
         with suppress(BadRecord):
             limited(parser, *given)

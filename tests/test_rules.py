@@ -1,19 +1,22 @@
 """The rules of the literature: formulas by hand, the seams they stand on, and each one trained."""
 
+import importlib
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, plain_inputs
 from test_ktr import arguments, finish, log_of, start, torchrun
 
 import ktr
 from attribution import SCORES, WEIGHTS
 from grpo import ADVANTAGES, PENALTIES, grpo_loss
 from ktr import find_key_tokens
-from lab.rules import common, dr_grpo, papo, per_signal, pgpo, t_grpo, tw_grpo, vppo
+from lab.rules import (
+    common, dr_grpo, papo, pepo, pgpo, soft_reward, t_grpo, tor, tw_grpo, vepo, vgpo, vppo)
 from options import Options
 from policy import predicting_states, sample, score, score_groups
 from rewards import EXTRA_REWARDS
@@ -22,6 +25,7 @@ from run.arguments import parse
 from run.training import Scorer
 
 RULES = sorted(path for path in (ROOT / "lab/rules").glob("*.py") if path.stem != "common")
+RULES_MD = (ROOT / "docs/rules.md").read_text()
 VALID = torch.tensor([[True, True, True], [True, True, False]])
 
 
@@ -33,8 +37,10 @@ def rollout(prompt, seed=0, valid=VALID):
 
 # ---------------------------------------------------------------------------------- each one trains
 def test_every_file_of_rules_is_tried():
-    assert {path.stem for path in RULES} >= {"papo", "vppo", "t_grpo", "tw_grpo", "dapo"}
-    assert all(len(path.read_text().splitlines()) <= 80 for path in RULES)
+    assert {path.stem for path in RULES} >= {"papo", "vppo", "t_grpo", "tw_grpo", "dapo", "pepo"}
+    for path in RULES:          # the paper's ablations hold several rules each
+        ablation = path.stem in ("masking", "frame_orders", "soft_weights")
+        assert len(path.read_text().splitlines()) <= (80 if ablation else 45), path
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
@@ -115,96 +121,196 @@ def test_an_error_in_a_rule_is_one_line_that_names_it(seam, options, rule, says,
 
 
 # ------------------------------------------------------------------------------- formulas by hand
-def test_vppo_by_hand():
-    """Means 2 and 6 of three and two tokens: places 0 and 1; 0.9 and 1.1, whose mean is 1."""
-    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 99.0]])
-    assert vppo.shaping(scores, VALID).tolist() == pytest.approx([0.9, 1.1])
-    assert vppo.shaping(torch.ones(2, 3), VALID).tolist() == [1, 1]
-    three = torch.tensor([[0.0], [1.0], [4.0]])                 # places 0, 1/4, 1: mean 5/12
-    want = [0.9, 0.9 + 0.1 * 0.25 * 12 / 5, 0.9 + 0.1 * 12 / 5]
-    assert vppo.shaping(three, three >= 0).tolist() == pytest.approx(want)
+def scored_as(prompt, **scores):
+    r = rollout(prompt)
+    r.scores, r.entropy = {name: torch.tensor(x) for name, x in scores.items()}, torch.zeros(2, 3)
+    return r
 
 
-def test_vppo_multiplies_the_advantages_and_takes_each_responses_tokens(prompts):
-    o = parse(["--model", "m", "--data", "d", "--rule", str(ROOT / "lab/rules/vppo.py")])
-    assert (o.shift, o.pool, o.ratio) == ("k3", "response", 0.4)
-    r = rollout(prompts[0])
+def test_vppo_by_hand(prompts):
+    """Means 2 and 6 of three and two tokens (99 is padding): places 0 and 1; 0.9 and 1.1, whose
+    mean is 1. With a second prompt of means 0 and 4: S is 0, 2, 4, 6, mean 3: 0.9 + 0.1 S / 3."""
+    r = scored_as(prompts[0], visual=[[1.0, 2.0, 3.0], [4.0, 8.0, 99.0]])
     r.advantages = torch.tensor([1.0, -2.0])
-    r.scores = {"visual": torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 99.0]])}
-    assert ADVANTAGES["vppo"](r, o).tolist() == pytest.approx([0.9, -2.2])
+    assert vppo.vppo(r, Options()).tolist() == pytest.approx([0.9, -2.2])
+    other = scored_as(prompts[1], visual=[[0.0, 0.0, 0.0], [4.0, 4.0, 99.0]])
+    r.batch = other.batch = [other, r]
+    want = [0.9 + 0.2 / 3, -2 * (0.9 + 0.6 / 3)]
+    assert vppo.vppo(r, Options()).tolist() == pytest.approx(want)
+    high = scored_as(prompts[0], visual=[[50.0, 70.0, 10.0], [10.0, 10.0, 0.0]])     # each is 10
+    high.advantages = r.advantages
+    assert vppo.vppo(high, Options()).tolist() == [1, -2]
+    r.logp, r.loss_mask = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]), VALID
+    assert vppo.surprise(r, Options(), None).item() == pytest.approx(0.06 * 10 / 5)
+
+
+def test_blackened_patches(prompts):
+    """Whole patches of 14 x 14 pixels, the same in all frames, about 60% of them."""
+    for prompt in (prompts[0], prompts[3]):
+        r = rollout(replace(prompt, frames=torch.full_like(prompt.frames, 7)))
+        counts = []
+        for _ in range(40):
+            frames = common.blacken(r, Options()).frames
+            assert frames.dtype == torch.uint8 and (frames == frames[:1, :1]).all()
+            patches = frames[0, 0].unfold(0, 14, 14).unfold(1, 14, 14).flatten(2).float()
+            assert (patches.amin(-1) == patches.amax(-1)).all()
+            counts.append((patches[..., 0] == 0).float().mean().item())
+        assert abs(sum(counts) / 40 - 0.6) < 0.06 and min(counts) < max(counts)
+
+
+def test_any_rule_can_name_blackened_patches(tiny, prompts):
+    o = parse(["--model", "m", "--data", "d", "--signals", "visual_black", "--rule",
+               *(str(ROOT / f"lab/rules/{name}.py") for name in ("pgpo", "black"))])
+    r = Rollout(prompts[0], sample(tiny[0], prompts[:1], 2, 6, seeds=[1])[0], 0)
+    r.logp, r.entropy = score(tiny[0], r.prompt, r.group)
+    find_key_tokens(o, [r], tiny[0])
+    assert o.weighting == "pgpo" and r.key_mask.sum(-1).tolist() == pytest.approx(r.group.lengths)
+    assert r.scores["visual_black"].max() > 1e-4
 
 
 def test_papo_by_hand(prompts, monkeypatch):
-    """d = log 2: 2 - log 2 - 1 = 0.307, capped at 0.2; d = -0.5: exp(-0.5) + 0.5 - 1 = 0.1065."""
-    logp, masked = torch.tensor([[-2.0, -1.0]]), torch.tensor([[-2.0 + math.log(2), -1.5]])
-    got = papo.perception(logp, masked)
-    assert got[0].tolist() == pytest.approx([0.2, math.exp(-0.5) - 0.5])
-    # rows of 3 and 2 tokens; entropies 1 and 3; K of d = -1 is exp(-1)
-    asked = []
-
-    def scored(model, prompt, group):
-        asked.append(prompt)
-        logp, entropy = (-1.0, 1.0) if len(asked) == 1 else (-2.0, 3.0)
-        return torch.full((2, 3), logp), torch.full((2, 3), entropy)
-    monkeypatch.setattr(papo, "scored", scored)
-    monkeypatch.setattr(papo, "CAP", 9.0)
-    loss = papo.papo(rollout(prompts[0]), Options(), None)
-    assert loss.item() == pytest.approx(-0.1 * math.exp(-1) + 0.03 * (1 + 3))
-    whole, part = asked
-    left = int(part.visual.sum()) / int(whole.visual.sum())
-    assert 0.1 < left < 0.75                                    # 40% stay
+    """d = log 2: 2 - log 2 - 1; d = -0.5: exp(-0.5) + 0.5 - 1; d = 3: exp(3) - 4, capped."""
+    logp, masked = torch.tensor([-2.0, -1.0, -4.0]), torch.tensor([-2 + math.log(2), -1.5, -1.0])
+    want = [1 - math.log(2), math.exp(-0.5) - 0.5, 10]
+    assert papo.perception(logp, masked).tolist() == pytest.approx(want)
+    # d = -1 everywhere: K is exp(-1), and -logp is 1, -logp' is 2
+    values = [(torch.full((2, 3), -2.0), None)]
+    monkeypatch.setattr(papo, "score_groups", lambda *_: values)
+    r = rollout(prompts[0])
+    r.logp = torch.full((2, 3), -1.0)
+    loss = papo.papo(r, Options(), None)
+    assert loss.item() == pytest.approx(-0.02 * math.exp(-1) + 0.05 * (1 + 2))
 
 
-def test_papos_gradient_goes_through_both_passes(tiny, prompts, monkeypatch):
-    """Against finite differences of the formula along one direction in the head's weights."""
-    monkeypatch.setattr(papo, "CAP", 99.0)                      # where it binds there is a kink
+@pytest.mark.parametrize("both", [False, True])
+def test_papos_gradient(tiny, prompts, both):
+    """Against finite differences of the formula along one direction in the head's weights: of both
+    passes, or of the unmasked one with the other's values as they are."""
     model = tiny[0]
     r = Rollout(prompts[0], sample(model, prompts[:1], 2, 6, seeds=[1])[0], 0)
     r.loss_mask = r.group.completion_mask
-    values, grads = [], None
-    weight, step = model.lm_head.weight, 1e-3
+    weight, step, values = model.lm_head.weight, 1e-3, []
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    for shift in (0.0, step, -step):
+
+    def masked_logp():
         r.generator.manual_seed(5)
+        return score(model, common.blacken(r, Options()), r.group)[0].detach()
+
+    kept = masked_logp()
+    for shift in (step, -step):
         with torch.no_grad():
             weight += shift * direction
-        loss = papo.papo(r, Options(), model)
-        if shift == 0:
-            (grads,) = torch.autograd.grad(loss, weight)
-        with torch.no_grad():
+            r.logp = score(model, r.prompt, r.group)[0]
+            masked = masked_logp() if both else kept
             weight -= shift * direction
-        values.append(loss.item())
-    slope = (values[1] - values[2]) / (2 * step)
+        term = -0.02 * papo.perception(r.logp, masked) - 0.05 * (r.logp + masked)
+        values.append(common.row_means(term, r.loss_mask).mean().item())
+    r.logp = score(model, r.prompt, r.group)[0]
+    r.generator.manual_seed(5)
+    (grads,) = torch.autograd.grad(papo.papo(r, Options(), model, gradient=both), weight)
+    slope = (values[0] - values[1]) / (2 * step)
     assert (grads * direction).sum().item() == pytest.approx(slope, rel=0.03) and abs(slope) > 1e-5
 
 
-def test_scored_is_the_policys_own_score_with_gradient(tiny, prompts):
-    (group,) = sample(tiny[0], prompts[:1], 3, 8, seeds=[3], ends=[2, 20, 30])
-    logp, entropy = common.scored(tiny[0], prompts[0], group)
-    want = score(tiny[0], prompts[0], group)
-    assert torch.allclose(logp, want[0], atol=1e-5) and torch.allclose(entropy, want[1], atol=1e-5)
-    assert logp.requires_grad and entropy.requires_grad
-    mean = common.mean_of_rows(torch.tensor([[1.0, 2, 3], [4, 6, 99]]), VALID)
-    assert mean.item() == (2 + 5) / 2
+def test_pgpo_by_hand(prompts):
+    """log1p of 0, e - 1, e^4 - 1 is 0, 1, 4: I is 0, 0.25, 1 after min-max; 0.25 / 0.4 = 0.625,
+    1 + 2 (1 - 0.4) / 0.6 = 3; the sum 3.625 becomes 3. Equal scores weigh 1."""
+    r = scored_as(prompts[0], visual=[[0.0, math.e - 1, math.e ** 4 - 1], [5.0, 5.0, 77.0]])
+    got = pgpo.pgpo(r, Options())
+    assert got[0].tolist() == pytest.approx([0, 0.625 * 3 / 3.625, 3 * 3 / 3.625])
+    assert got[1].tolist() == [1, 1, 0]
+    # of three tokens floor(1.2) = 1: the threshold is the second lowest, 0.25; 1 and 3 from there,
+    # and below it the floor; of two, floor(0.8) = 0: the lowest, here the highest too
+    assert pgpo.pgpo(r, Options(), dev=True).tolist() == [pytest.approx([0.1, 1, 3]), [1, 1, 0]]
 
 
-def test_pgpo_by_hand():
-    """log1p of 0, e - 1, e^4 - 1 is 0, 1, 4: 0, 0.25, 1 after min-max; one token at 0.1 falls."""
-    k3 = torch.tensor([[0.0, math.e - 1, math.e ** 4 - 1], [5.0, 5.0, 77.0]])
-    got = pgpo.grounded(k3, VALID)
-    assert got[0].tolist() == pytest.approx([0, 0.25 * 3 / 1.25, 3 / 1.25])
-    assert got[1].tolist() == [1, 1, 0]                         # equal scores, padding
-    low = pgpo.grounded(torch.tensor([[0.0, math.exp(0.1) - 1, math.e - 1]]), torch.ones(1, 3) > 0)
-    assert low[0].tolist() == pytest.approx([0, 0, 3])
+def test_tor_by_hand(prompts):
+    """30% of ten tokens of two prompts: three of each signal."""
+    first = scored_as(prompts[0], cut_entropy=[[9.0, 1.0, 8.0], [0.0, 0.0, 99.0]],
+                      visual=[[1.0, 1.0, 7.0], [9.0, 0.0, 99.0]])
+    other = scored_as(prompts[1], cut_entropy=[[0.0, 0.0, 0.0], [0.0, 7.0, 99.0]],
+                      visual=[[0.0, 0.0, 0.0], [0.0, 5.0, 99.0]])
+    first.batch = other.batch = [first, other]
+    o = Options(ratio=0.3)
+    assert tor.tor(first, o).tolist() == [[1, 0, 1], [0.5, 0, 0]]
+    assert tor.tor(other, o).tolist() == [[0, 0, 0], [0, 1, 0]]
+    # the first two words have a mass of 0.96: 5/6 and 1/6 of them
+    logp = torch.tensor([[0.16, 0.8, 0.02, 0.02]]).log()
+    want = -(5 / 6 * math.log(5 / 6) + 1 / 6 * math.log(1 / 6))
+    assert tor.entropy_of_top(logp).item() == pytest.approx(want, abs=1e-5)
+    assert tor.entropy_of_top(torch.tensor([[0.97, 0.03]]).log()).item() == pytest.approx(0)
 
 
-def test_weights_per_signal_by_hand():
-    """2, 1.5, 2.5 and 1, 1 of five tokens: sum 8, times 5/8."""
-    chosen = {"visual": torch.tensor([[1, 0, 1], [0, 0, 0]]) > 0,
-              "entropy": torch.tensor([[0, 1, 1], [0, 0, 0]]) > 0}
-    got = per_signal.weigh(chosen, VALID)
-    want = [[2 * 5 / 8, 1.5 * 5 / 8, 2.5 * 5 / 8], [5 / 8, 5 / 8, 0]]
-    assert torch.allclose(got, torch.tensor(want))
+def test_vepo_by_hand(prompts, monkeypatch):
+    """Predictions over two words. Without noise the first words have 0.5, 0.9, 0.5; with it 0.9,
+    0.9, 0.5: only the first token's moves, its j and d are 1, and h is 1, 0, 1."""
+    mask = torch.ones(1, 3).bool()
+    r = rollout(prompts[0], valid=mask)
+    p, q = (torch.tensor([[[x, 1 - x] for x in row]]).log() for row in ([.5, .9, .5], [.9, .9, .5]))
+    r.states = lambda prompt=None: (p if prompt is None else q, torch.eye(2))
+    r.entropy = torch.special.entr(p.exp()).sum(-1)
+    assert vepo.vepo(r, Options())[0].tolist() == pytest.approx([1, 0, 0], abs=1e-5)
+    # 1 - (1 - j)^0.7 (1 - d)^0.3 where the second token moves as well, but less
+    q = torch.tensor([[[x, 1 - x] for x in (.9, .9, .7)]]).log()
+    js = [common.js(p[0], q[0])[i].item() for i in range(3)]
+    change = [(torch.special.entr(x.exp()).sum(-1)) for x in (p[0], q[0])]
+    d = (change[1] - change[0]).abs().tolist()
+    last = 1 - (1 - js[2] / js[0]) ** 0.7 * (1 - d[2] / d[0]) ** 0.3
+    assert vepo.vepo(r, Options())[0].tolist() == pytest.approx([1, 0, last], abs=1e-5)
+    assert 0.1 < last < 0.9
+
+
+def test_vepos_noise_has_a_deviation_of_two_in_the_towers_input(prompts):
+    r = rollout(prompts[0])
+    moved = vepo.noise(r, Options()).pixels() - r.prompt.pixels()
+    assert moved.std().item() == pytest.approx(2, rel=0.03) and abs(moved.mean()) < 0.05
+
+
+def test_vgpo_by_hand(prompts):
+    """Of four tokens the last two are late, and of these int(0.4), at least 1, is raised: w is
+    0, 0.5, 0.25, 0.75 and 0.75 (1 + 0.3); scaled by 0.975 they are 0, 20/39, 10/39, 1. The second
+    row, 1 and 0.5 of two tokens: its second token is the late one, 0.5 (1.3) = 0.65: 1 and 0."""
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    r = rollout(prompts[0], valid=mask)
+    r.scores = {"nearness": torch.tensor([[0.2, 0.4, 0.3, 0.5], [0.6, 0.4, 9.0, 9.0]])}
+    rows = torch.tensor([[0, 20 / 39, 10 / 39, 1], [1, 0, 0, 0]])
+    psi = 1 + rows - torch.tensor([[(69 / 39) / 4], [0.5]])
+    alpha = torch.tensor([[1.5], [0.9]])            # sums 69/39 and 1: 1 and 0, less 0.5; from 0.9
+    got = vgpo.vgpo(r, Options())
+    assert torch.allclose(got, psi.clamp(0.1, 2) * alpha * mask, atol=1e-5)
+
+
+def test_pepo_by_hand(prompts):
+    """v' is 0, 1, 0.5 and h' 1, 0, 0.5: their sum is 1 everywhere, the gate 1."""
+    r = scored_as(prompts[0], likeness=[[0.0, 1.8, 0.9], [0.0, 1.8, 9.0]])
+    r.entropy = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    assert torch.equal(pepo.pepo(r, Options()), VALID.float())          # at the beginning
+    r.progress = 0.5
+    w = torch.tensor([0.0, 1.0, 0.5]).softmax(-1) * 3
+    # second row: the sums 0 and 2, less 1: the gates are 1 -+ 0.05 tanh(1)
+    v = torch.tensor([0.0, 1 + 0.05 * math.tanh(1)]).softmax(-1) * 2
+    want = [(0.5 + 0.5 * w).tolist(), [*(0.5 + 0.5 * v).tolist(), 0]]
+    assert torch.allclose(pepo.pepo(r, Options()), torch.tensor(want))
+
+
+@torch.no_grad()
+def test_nearness_and_likeness_are_those_of_the_librarys_states(tiny, plain, prompts):
+    """Of the states of every layer that transformers gives out for the plain row."""
+    r = Rollout(prompts[0], sample(tiny[0], prompts[:1], 2, 6, seeds=[1], ends=[2, 20, 30])[0], 0)
+    r.model = tiny[0]
+    near, like = vgpo.nearness(r, Options()), pepo.likeness(r, Options())
+    assert not tiny[0].model.language_model.layers[0]._forward_pre_hooks
+    for g, n in enumerate(r.group.lengths):
+        inputs = plain_inputs(r.prompt, r.group.ids[g, :n])
+        states = plain(**inputs, output_hidden_states=True).hidden_states
+        layers = [h[0].split([len(r.prompt.ids), n]) for h in states]
+        assert len(layers) == len(plain.model.language_model.layers) + 1
+        visual, own = [x[r.prompt.visual] for x, _ in layers], [x for _, x in layers]
+        cosines = [F.cosine_similarity(x[:, None], v[None], dim=-1).mean(1)
+                   for x, v in zip(own, visual)]
+        assert torch.allclose(like[g, :n], torch.stack(cosines).mean(0), atol=1e-4)
+        want = F.cosine_similarity(own[-1], visual[-1].mean(0)[None], dim=-1)
+        assert torch.allclose(near[g, :n], want, atol=1e-4) and (near[g, n:] == 0).all()
 
 
 def test_dr_grpo_by_hand(prompts):
@@ -214,8 +320,7 @@ def test_dr_grpo_by_hand(prompts):
 
 
 def test_tw_grpos_weights_by_hand(prompts):
-    r = rollout(prompts[0])
-    r.scores = {"spread": torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 99.0]])}
+    r = scored_as(prompts[0], spread=[[1.0, 3.0, 2.0], [1.0, 3.0, 99.0]])
     want = torch.tensor([[1, 1.7, 1.35], [1, 1.7, 0]])
     assert torch.allclose(tw_grpo.tw_grpo(r, Options()), want)
 
@@ -225,13 +330,15 @@ def test_several_right_options_earn_a_part_each(prompts):
         return [f"<think>x</think><answer>{answer}</answer>" for answer in answers]
     right = "<answer>A, C</answer>"
     for answer, part in (("A,C", 1), ("C, A", 1), ("A", 0.5), ("A, B", 0), ("B", 0), ("", 0)):
-        assert tw_grpo.part_right(texts(answer)[0], right) == part
+        assert soft_reward.part_right(texts(answer)[0], right) == part
+    assert soft_reward.part_right("B", "A") == soft_reward.part_right(texts("")[0], "A") == 0
     r = rollout(prompts[0])
-    for solution, want in ((right, [0.0, 0.5]), ("<answer>A</answer>", [0.0, 0.0])):
-        record = {**prompts[0].record, "solution": solution, "problem_type": "multiple choice"}
+    r.accuracy = torch.tensor([1.0, 0.0])
+    for solution, kind, want in ((right, "multiple choice", [0.0, 0.5]), (right, "OCR", [0.0, 0.0]),
+                                 ("<answer>B</answer>", "multiple choice", [0.0, 0.0])):
+        record = {**prompts[0].record, "solution": solution, "problem_type": kind}
         r.prompt = replace(prompts[0], record=record)
-        r.accuracy = torch.tensor([1.0, 0.0])
-        (got,) = tw_grpo.several_right([r], Options(), None, lambda group: texts("A, C", "A"))
+        (got,) = soft_reward.in_parts([r], Options(), None, lambda group: texts("A, C", "A"))
         assert got.tolist() == want
 
 
@@ -427,7 +534,7 @@ def test_two_ranks_make_the_update_of_one(checkpoint_folder, world, tmp_path):
     """With all that could tell ranks apart: dropped groups, shared divisor, penalty, updates."""
     (tmp_path / "brief.py").write_text(BRIEF)
     more = ["--max_steps", 2, "--filter", "reward", "--normalize", "tokens", "--updates", 2,
-            "--rule", ROOT / "lab/rules/vppo.py", tmp_path / "brief.py", "--max_new_tokens", 24]
+            "--rule", ROOT / "lab/rules/papo.py", tmp_path / "brief.py", "--max_new_tokens", 24]
     one, two = tmp_path / "one", tmp_path / "two"
     ktr.main(parse(arguments(checkpoint_folder, world, one, "--prompts_per_step", 2, *more)))
     code, out = finish(start([*torchrun(2), *arguments(checkpoint_folder, world, two, *more)]))
@@ -480,3 +587,23 @@ def test_a_batchs_tokens_weigh_alike(tiny, prompts, monkeypatch):
     loss.backward()
     assert torch.allclose(got, model.lm_head.weight.grad, atol=1e-6) and got.abs().max() > 1e-4
     model.zero_grad()
+
+
+# ------------------------------------------------------------------------------ what is documented
+def test_the_rule_in_the_documents_trains(checkpoint_folder, world, tmp_path):
+    (text,) = re.findall(r"```python\n(.*?)```", RULES_MD, re.S)
+    (tmp_path / "sure.py").write_text(text)
+    more = ["--max_steps", 1, "--rule", tmp_path / "sure.py"]
+    ktr.main(parse(arguments(checkpoint_folder, world, tmp_path, *more)))
+    assert 0.2 <= log_of(tmp_path)[0]["share_sure"] < 0.3
+
+
+def test_names_in_the_documents_exist():
+    for module, name in re.findall(r"`(attribution|grpo|rewards|rollout|ktr)\.(\w+)`", RULES_MD):
+        assert hasattr(importlib.import_module(module), name), name
+    read = RULES_MD.split("What a rule may read")[1].split("\n\n")[0]
+    fields = Rollout.__dataclass_fields__.keys() - {"seed", "metrics"}
+    assert all(f"`{name}" in read for name in fields)
+    named = set(re.findall(r"(\w+\.py)", RULES_MD))
+    assert all(path.name in named for path in RULES)
+    assert all((ROOT / path).exists() for path in re.findall(r"--rule (lab/\S+?\.py)", RULES_MD))

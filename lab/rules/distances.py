@@ -5,33 +5,18 @@
 `--rule lab/rules/distances.py` takes js; others: `--signals visual_kl temporal_kl entropy`.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attribution import COUNTERFACTUALS, SCORES
+from lab.rules.common import at_tokens, js, kl, of_predictions
 from options import Options
 from rollout import Rollout
 
 OPTIONS = "--signals visual_js temporal_js entropy"
-LOGITS_AT_ONCE = 1 << 27        # while distributions are compared: 0.5 GiB in fp32
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q)."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def js(p: Tensor, q: Tensor) -> Tensor:
-    """The mean KL to the middle of both."""
-    middle = torch.logaddexp(p, q) - math.log(2)
-    return (kl(p, middle) + kl(q, middle)) / 2
-
-
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {        # of log p, log q (n, V) -> (n,)
     "l1": lambda p, q: (p.exp() - q.exp()).abs().sum(-1),
     "l2": lambda p, q: (p.exp() - q.exp()).square().sum(-1).sqrt(),
@@ -42,25 +27,13 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {        # of log p, 
 }
 
 
-def distance(states: Tensor, others: Tensor, head: Tensor, kind: str) -> Tensor:
-    """(n,) distances of the predictions of two rows of states (n, D), in chunks; head is (V, D)."""
-    rows = max(1, LOGITS_AT_ONCE // len(head))
-    found = []
-    for x, y in zip(states.split(rows), others.split(rows)):
-        p, q = (F.linear(h, head).float().log_softmax(-1) for h in (x, y))
-        found.append(DISTANCES[kind](p, q))
-    return torch.cat(found)
-
-
 def moved(r: Rollout, o: Options, signal: str, kind: str) -> Tensor:
     """(G, T): how far each prediction moves under a counterfactual, where that applies."""
     changed, mask = COUNTERFACTUALS[signal](r, o), r.group.completion_mask
     if changed is r.prompt:
         return changed
-    scores = torch.zeros(mask.shape, device=mask.device)
     (before, head), (after, _) = r.states(), r.states(changed)
-    scores[mask] = distance(before[mask], after[mask], head, kind)
-    return scores
+    return at_tokens(of_predictions(DISTANCES[kind], head, before[mask], after[mask]), mask)
 
 
 for signal in ("visual", "temporal"):

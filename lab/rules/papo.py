@@ -1,40 +1,41 @@
 """PAPO (Wang et al. 2025, arXiv 2507.06448): a loss for depending on what is seen.
 
-    loss += mean( -gamma K_t + eta H_t + eta H'_t )
-    K_t = exp(d) - d - 1, at most 0.2,  d = logp' - logp
-logp' and the entropy H' are those of the policy with part of the picture masked; both passes have
-gradient. Means: over a completion's tokens, then over completions (PAPO-G).
+    loss += mean( -GAMMA K_t - ETA logp_t - ETA logp'_t ),   K_t = exp(d) - d - 1,  d = logp' - logp
+logp' is seen with 60% of the picture's patches black; d within +-20, K at most 10. logp' has no
+gradient, so that its own term is a constant: the authors' default (RECOMPUTE_AUG_LOG_PROBS off);
+`--penalty papo_grad` gives it one, as the paper's equation reads. On the policy's own tokens the term of logp
+has an expected gradient of 0. Means: over a completion, then over completions (PAPO-G).
 
-Direction, cap, gamma and eta are those of the trainer in trl 0.26 (trl/experimental/papo), which we
-could read; the paper's text has the ratio the other way round, and we do not know its values of
-gamma for each size. Masked are 60% of the video tokens, by chance and hidden; the paper blackens
-patches of an image. The loss beside it is plain GRPO.
+Source: GAMMA and ETA of PAPO-G at 7B, examples/papo_grpo/qwen2_5_vl_7b_grpo_papo.sh of
+github.com/MikeWangWZHL/PAPO (without a KL: 0.01 and 0.03); K's direction and both terms, its
+dp_actor.py, which averages over all tokens. Loss: GRPO's, KL 0.01 on every token, clip 0.2 / 0.3.
+Differs: a clip's frames share their black patches; further --updates draw their own.
 """
 
 import torch
 from torch import Tensor, nn
 
 from grpo import PENALTIES
-from lab.rules.common import leave_out_tokens, mean_of_rows, scored
+from lab.rules.common import blacken, row_means
 from options import Options
+from policy import score_groups
 from rollout import Rollout
 
-OPTIONS = "--signals all --penalty papo"
-GAMMA, ETA, CAP, MASKED = 0.1, 0.03, 0.2, 0.6
+OPTIONS = "--signals all --penalty papo --beta 0.01 --kl_on all --clip_high 0.3"
+GAMMA, ETA = 0.02, 0.05
 
 
 def perception(logp: Tensor, masked: Tensor) -> Tensor:
-    """K_t (G, T): how much tokens depend on what is masked."""
-    d = masked - logp
-    return (d.exp() - d - 1).clamp(max=CAP)
+    """K_t (G, T): how much tokens depend on what is black."""
+    d = (masked - logp).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(max=10)
 
 
-def papo(r: Rollout, o: Options, model: nn.Module) -> Tensor:
-    stays = torch.rand(int(r.prompt.visual.sum()), generator=r.generator) >= MASKED
-    logp, entropy = scored(model, r.prompt, r.group)
-    masked_logp, masked_entropy = scored(model, leave_out_tokens(r.prompt, stays), r.group)
-    term = -GAMMA * perception(logp, masked_logp) + ETA * (entropy + masked_entropy)
-    return mean_of_rows(term, r.loss_mask)
+def papo(r: Rollout, o: Options, model: nn.Module, gradient: bool = False) -> Tensor:
+    with torch.set_grad_enabled(gradient):
+        ((masked, _),) = score_groups(model, [blacken(r, o)], [r.group])
+    term = -GAMMA * perception(r.logp, masked) - ETA * (r.logp + masked)
+    return row_means(term, r.loss_mask).mean()
 
 
-PENALTIES["papo"] = papo
+PENALTIES |= {"papo": papo, "papo_grad": lambda r, o, m: papo(r, o, m, gradient=True)}

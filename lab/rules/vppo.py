@@ -1,44 +1,45 @@
 """VPPO (Huang et al. 2025, arXiv 2510.09285): perception chooses tokens and weighs completions.
 
-    s_t = k3 of the masked picture;  S_i = mean_t s_t
+    s_t = k3 of the picture with half its patches black;   S_i = mean_t s_t (each at most 10)
     m_t = 1 on the 40% of a completion's tokens with the highest s_t
-    A_it = a_i A_i,  a_i = LOW + (HIGH - LOW) (S_i - min S) / (max S - min S) over the group
-    loss += PENALTY x the mean entropy
-
-Certain: the 40%, the two weightings, min-max scaling. Not certain, from memory: LOW 0.9, PENALTY
-0.06, and that the paper picks HIGH anew in each batch so that the mean of a_i is 1, which HIGH
-does here for a group. The paper writes s_t as a KL of whole distributions; k3 takes the sampled
-token alone. Where all S_i are equal, a_i is 1.
+    A_it = a_i A_i,   a_i = LOW + (HIGH - LOW) (S_i - min S) / (max S - min S)
+    loss += PENALTY x mean of -logp of the sampled tokens (its expected gradient is 0)
+min and max are the batch's; HIGH gives a the mean 1. The loss is DAPO's, without a KL.
+Source: github.com/huaixuheqing/VPPO-RL, verl/workers/actor/dp_actor.py, perc_utils.py and
+examples/configs (0.12 for Qwen3-VL-8B): HIGH is a micro-batch's, every completion has own patches.
+Differs: a clip's frames share them; the batch is a rank's, the penalty's mean a group's.
 """
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
+from attribution import COUNTERFACTUALS
 from grpo import ADVANTAGES, PENALTIES
-from lab.rules.common import mean_of_rows, scored
+from lab.rules.common import blacken, first_scores, row_means
 from options import Options
 from rollout import Rollout
 
-OPTIONS = ("--signals visual --shift k3 --ratio 0.4 --pool response --advantage vppo "
-           "--penalty entropy")
+OPTIONS = ("--signals visual_half_black --shift k3 --ratio 0.4 --pool response --advantage vppo "
+           "--penalty surprise --normalize tokens --clip_high 0.28 --filter accuracy --beta 0")
 LOW, PENALTY = 0.9, 0.06
 
 
-def shaping(scores: Tensor, valid: Tensor) -> Tensor:
-    """a_i (G,) from scores (G, T): from LOW up, with mean 1."""
-    S = (scores * valid).sum(-1) / valid.sum(-1).clamp(min=1)
-    place = (S - S.min()) / (S.max() - S.min()).clamp(min=1e-12)        # 0..1
-    if S.max() == S.min():
-        return place + 1
-    return LOW + (1 - LOW) * place / place.mean()                       # HIGH: 1 over the mean
+def means(r: Rollout) -> Tensor:                                    # S (G,)
+    return row_means(first_scores(r).clamp(max=10), r.group.completion_mask)[:, 0]
 
 
 def vppo(r: Rollout, o: Options) -> Tensor:
-    return r.advantages * shaping(r.scores["visual"], r.group.completion_mask)
+    S, every = means(r), torch.cat(list(map(means, r.batch)))
+    if every.max() - every.min() <= 1e-6:
+        return r.advantages
+    return r.advantages * (LOW + (1 - LOW) * (S - every.min()) / (every.mean() - every.min()))
 
 
-def entropy(r: Rollout, o: Options, model: nn.Module) -> Tensor:
-    return PENALTY * mean_of_rows(scored(model, r.prompt, r.group)[1], r.loss_mask)
+def surprise(r: Rollout, o: Options, model: nn.Module) -> Tensor:
+    return PENALTY * -(r.logp * r.loss_mask).sum() / r.loss_mask.sum().clamp(min=1)
 
 
-ADVANTAGES["vppo"] = vppo
-PENALTIES["entropy"] = entropy
+COUNTERFACTUALS["visual_half_black"] = partial(blacken, share=0.5)
+ADVANTAGES["vppo"], PENALTIES["surprise"] = vppo, surprise
