@@ -1,8 +1,8 @@
 """What answers score: a benchmark's table, published figures, paired differences.
 
 Predictions are files that evaluate.py wrote, or others' in Video-R1's form. `grading.grade` defines
-the strict and the lenient score. This file imports nothing else of the lab: evaluate.py prints by
-it.
+the strict and the lenient score. This file imports nothing else of the lab, since evaluate.py
+prints with it.
 """
 
 import json
@@ -100,7 +100,7 @@ def paired(differences: list[tuple[float, str]]) -> tuple[float, float]:
 
 def summarise(rows: list[dict]) -> dict:
     """Counts, mean scores, the strict score's interval, and what the commonest letter alone would
-    score on all multiple choice questions. What is unreadable is not wrong."""
+    score on all multiple choice questions. An unreadable clip does not count as wrong."""
     answered = [row for row in rows if "grade" in row]
     n = len(answered)
     strict = sum(row["grade"][0] for row in answered) / max(1, n)
