@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class RuleError(ValueError):
-    """What a rule gave cannot be used. The message names the rule, in one line."""
+    """What a rule returned cannot be used. The message names the rule, in one line."""
 
 
 # ---------------------------------------------------------------------------------- counterfactuals
 def mask_video(r: "Rollout", o: "Options") -> "Prompt":
     """The prompt without its video tokens (eq. 2). A token that is hidden from attention reaches no
-    other token, so leaving it out gives the same log-probabilities and costs nothing. Text stays at
-    its own positions, or under `--positions moved` closes the gap, as in the released code."""
+    other token, so leaving it out gives the same log-probabilities at no cost. Text keeps its own
+    positions; under `--positions moved` it closes the gap, as in the released code."""
     p, text = r.prompt, ~r.prompt.visual                                            # (P,)
     ids, positions, following = p.ids[text], p.positions[:, text], p.next_position
     if o.positions == "moved":
@@ -148,8 +148,8 @@ def attribute(rollouts: list["Rollout"], o: "Options",
               score: Callable[[Sequence["Prompt"], Sequence["Group"]], list[Tensor]]) -> None:
     """Fill in each rollout's scores and top tokens by signal, and its key mask. No gradient.
 
-    score(prompts, groups) gives the log-probabilities (G, T) of each group after its prompt; it is
-    asked once for each signal. RuleError where a rule gives what cannot be used.
+    score(prompts, groups) returns the log-probabilities (G, T) of each group after its prompt; it
+    is called once for each counterfactual. RuleError if what a rule returns cannot be used.
     """
     for name in o.signals:
         if name in SCORES:
@@ -162,7 +162,7 @@ def attribute(rollouts: list["Rollout"], o: "Options",
         found = score([prompt for _, prompt in changed], [r.group for r, _ in changed])
         for (r, _), counterfactual_logp in zip(changed, found):
             r.scores[name] = shift(r.logp.detach(), counterfactual_logp, o.shift)   # eq. 2, 3
-    for r in rollouts:          # after all passes: to look at numbers is to wait for the GPU
+    for r in rollouts:          # after all passes, since reading a number waits for the GPU
         for name, scores in r.scores.items():
             # where the model gives NaN the gradient will be NaN, and the step skipped
             scores = check_output(f"signal {name}", scores, r.logp).nan_to_num(nan=0.0)
@@ -174,7 +174,7 @@ def attribute(rollouts: list["Rollout"], o: "Options",
 
 
 def counterfactual(name: str, r: "Rollout", o: "Options") -> "Prompt":
-    """The prompt that a signal shows in place of r.prompt; RuleError if it cannot stand for it."""
+    """The prompt that a signal shows in place of r.prompt; RuleError if it cannot replace it."""
     frames, version = r.prompt.frames, r.prompt.frames._version
     changed = COUNTERFACTUALS[name](r, o)
     if changed is None:
@@ -189,8 +189,8 @@ def counterfactual(name: str, r: "Rollout", o: "Options") -> "Prompt":
 
 def check_output(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
                  minimum: float = -math.inf) -> Tensor:
-    """What a rule gave. RuleError unless it has shape and device of one of `like`, is NaN only if
-    one of them is, is at least `minimum`, and has a gradient if (and only if) it should."""
+    """`value`, which a rule returned. RuleError unless it has the shape and device of a tensor in
+    `like`, no NaN (unless one of these has), no value below `minimum`, and a gradient as asked."""
     fault = None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"

@@ -3,7 +3,7 @@
 A record (records.py) that cannot be used, or whose decoder crashes or hangs, is never replaced by
 another: it becomes `Skipped`, with a reason.
 
-    python data.py check DATA.json --videos DIR     report what cannot be used, or teaches nothing
+    python data.py check DATA.json --videos DIR     names what cannot be used, or teaches nothing
 """
 
 import argparse
@@ -41,9 +41,9 @@ def frame_indices(total: int, fps: float, max_frames=16, sample_fps=2.0) -> list
 
 def read_video(path: Path, max_frames=16, sample_fps=2.0, stamped: bool = False,
                resize: Callable = lambda frames, n: frames) -> tuple[np.ndarray, float | list]:
-    """n frames (n, H, W, 3) uint8, or what resize(some of them, n) makes as they come, and the
-    seconds between them: the clip's length / n, as the Qwen2 families learnt it; or, `stamped`, a
-    list of each one's seconds after the first."""
+    """n frames (n, H, W, 3) uint8, each passed through resize(frames, n), and the seconds between
+    them: the clip's length / n, as the Qwen2 families learnt it; or, if `stamped`, a list of each
+    one's seconds after the first."""
     choose = partial(frame_indices, max_frames=max_frames, sample_fps=sample_fps)
     frames, times, duration = read_clip(path, choose, resize)
     return np.concatenate(frames), times if stamped else duration / len(times)
@@ -75,9 +75,9 @@ class Limits:
 
 def load_media(record: dict, root: str | Path, limits: Limits,
                vision: Vision = Vision()) -> tuple[torch.Tensor, float | list[float]]:
-    """(n, 3, h, w) uint8 frames, resized under the limits, and the seconds between them; of a clip,
-    for families whose prompts say times, each frame's. A still picture under "video" is a clip of
-    one frame. BadRecord names the record and the file."""
+    """(n, 3, h, w) uint8 frames, resized under the limits, and the seconds between them (for
+    families whose prompts tell times, a list of each frame's). A still picture under "video" is a
+    clip of one frame. BadRecord names the record and the file."""
     kind, path = record["data_type"], Path(root) / os.path.normpath(record["path"])
     name = f"{name_of(record)}: {one_line(path)}"
 
@@ -104,13 +104,13 @@ def load_media(record: dict, root: str | Path, limits: Limits,
 
 
 class Prompts:
-    """Map-style data set: index -> Prompt, or Skipped where the record cannot be used. Without a
-    processor media are only tried: index -> None, or Skipped."""
+    """Map-style data set: index -> Prompt, or Skipped if the record cannot be used. Without a
+    processor the media are only decoded: index -> None, or Skipped."""
 
     def __init__(self, records: list, root: str | Path, processor: Processor | None,
                  limits: Limits = Limits()):
         self.records, self.root, self.processor, self.limits = records, root, processor, limits
-        self.avoided: dict[int, str] = {}               # {row: reason} of those that are not tried
+        self.avoided: dict[int, str] = {}               # {row: reason} of those not to try
         self.vision = processor.vision if processor else Vision()
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ class Prompts:
 
 def main() -> int:
     """Scan a data set; print what is wrong, and write it as a JSON list. The exit status."""
-    parser = argparse.ArgumentParser(description="Report the records that cannot be used.")
+    parser = argparse.ArgumentParser(description="Name records that cannot be used.")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("data", help="records: a JSON list or JSON lines")
     parser.add_argument("--videos", required=True, help="the folder that paths start from")

@@ -1,4 +1,4 @@
-"""Evaluation: every setting recorded, every answer kept, every doubtful parse visible.
+"""Evaluation: every setting and every answer is kept, every doubtful parse is counted.
 
     python evaluate.py --model M --benchmark mmvu --data eval_mmvu.json --videos DIR --frames 32
     torchrun --nproc_per_node 8 evaluate.py ...                     the same over a node's GPUs
@@ -7,8 +7,8 @@
     python evaluate.py --model M --video clip.mp4 --question "What happens?"
 
 `--protocol` is a known way of measuring: benchmarks.json holds them, and the published figures.
-Answers go to OUT/predictions.jsonl as they are made, below a line with the settings; starting again
-continues, with any number of processes, and refuses other settings. lab/scores.py makes the tables.
+Answers go to OUT/predictions.jsonl as they are made, below a line with the settings. The same
+command continues, with any number of processes; other settings are refused. Tables: lab/scores.py.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if a.rescore or a.compare:
         for name in ("protocol", *PROTOCOLS["video-ktr"]["options"]):
             if getattr(a, name) is not None:
-                parser.error(f"--{name} is what the file says")
+                parser.error(f"--{name} cannot be given here: the file of predictions holds it")
         return a
     needed = ("model", "video", "question") if a.video or a.question else (
         "model", "data", "benchmark")
@@ -166,9 +166,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(a, name) is None:
             setattr(a, name, value)
     if min(a.frames / 2, a.max_pixels, a.max_new_tokens, a.batch, a.workers + 1) < 1:
-        parser.error("at least 2 frames, 1 pixel, 1 new token, 1 question together, 0 workers")
+        parser.error("at least --frames 2, --max_pixels, --max_new_tokens, --batch 1, --workers 0")
     if a.fps <= 0 or a.temperature < 0 or not 0 < a.top_p <= 1:
-        parser.error("fps above 0, temperature 0 or more, top_p above 0 and at most 1")
+        parser.error("--fps must be above 0, --temperature 0 or more, --top_p above 0, at most 1")
     return a
 
 
@@ -178,7 +178,7 @@ def main(a: argparse.Namespace) -> dict | None:
     if a.rescore:
         settings, rows = read_predictions(a.rescore)
         if "benchmark" in settings and a.benchmark:
-            raise SystemExit(f"error: --benchmark is what {a.rescore} says")
+            raise SystemExit(f"error: --benchmark cannot be given: {a.rescore} holds it")
         return report({"benchmark": a.benchmark or "custom", **settings}, rows)
     try:
         load_processor(a.model)

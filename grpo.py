@@ -5,8 +5,8 @@
     rho = exp(logp - old_logp),   KL_t = exp(x) - x - 1,  x = ref_logp - logp clamped to +-10
 
 `completion_mask` marks the tokens that bear the loss, up to and with the first end token;
-`key_mask` says which of them carry the gradient. They are two things, and neither ever stands in
-for the other. Pure tensor functions; this file needs torch alone.
+`key_mask` marks those of them that carry the gradient. Neither is ever used in place of the other.
+Pure tensor functions; this file needs torch alone.
 """
 
 from collections.abc import Callable
@@ -42,15 +42,15 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
               kl_estimator: str = "k3") -> tuple[Tensor, dict[str, Tensor]]:
     """The negated objective of one group, and what to log about it.
 
-    logp, old_logp, ref_logp: (G, T) log-probabilities of the sampled tokens; no ref_logp, no KL.
-    advantages: (G,), or (G, T) where they differ by token.
+    logp, old_logp, ref_logp: (G, T) log-probabilities of the sampled tokens; ref_logp None: no KL.
+    advantages: (G,), or (G, T) if each token has its own.
     completion_mask: (G, T) bool.  key_mask: (G, T) bool, or float weights >= 0.
-    clip_high: the upper clip, where it is not 0 (DAPO).
+    clip_high: the upper clip (DAPO); 0: as clip.
     normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the mass of its key
     tokens (released code: a gradient 2 to 3.5 times as large); "tokens" (DAPO) and "constant"
     (Dr. GRPO) divide the sum over all rows by `divisor`, by default the group's tokens.
     kl_on: "selected" puts the KL term on key tokens only (released code); "all" on every token.
-    A row without key tokens adds 0. Values at padding are never read, whatever they hold.
+    A row without key tokens adds 0. Values at padding are ignored, whatever they are.
     """
     if normalize not in ("length", "selected", "tokens", "constant"):
         raise ValueError(f"unknown normalize {normalize!r}")

@@ -25,7 +25,7 @@ from prompt import Processor, Prompt, Vision
 from rollout import Group
 
 PREFILL = 16384         # prompt tokens prefilled in one forward pass
-CHECK_EVERY = 16        # decoding steps between looks at whether all have ended (a look waits)
+CHECK_EVERY = 16        # decoding steps between checks whether all have ended (a check waits)
 
 
 # --------------------------------------------------------------------------------------------- load
@@ -33,8 +33,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
          seed: int = 0) -> tuple[nn.Module, Processor]:
     """The model, ready for this project, and its processor.
 
-    name: a checkpoint's folder or hub name, or random:3b, random:7b (seed is that of its weights).
-    OSError where the checkpoint is missing or incomplete, ValueError where it is of another family.
+    name: a checkpoint's folder or hub name, or random:3b, random:7b (seed: of its random weights).
+    OSError if the checkpoint is missing or incomplete, ValueError if it is of another family.
     Of its generation_config.json only the end tokens count.
     """
     logging.disable_progress_bar()
@@ -48,8 +48,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
 
 def load_processor(name: str) -> Processor:
-    """The processor of a checkpoint's folder, hub name, or random:7b. Errors as `load`'s, which a
-    folder's weights raise here too, before they are read."""
+    """The processor of a checkpoint's folder, hub name, or random:7b. The same errors as `load`; a
+    folder's weights are checked here too, by their names and shapes."""
     if not name.startswith("random:"):
         processor = Processor.from_pretrained(name)
         weights.check_weights(name)
@@ -73,8 +73,8 @@ def evaluating(model: nn.Module):
 
 # -------------------------------------------------------------------------------------------- score
 def plain_score(model: nn.Module, prompt: Prompt, completions: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp (G, T), entropy (G, T)) of completions (G, T), by an untouched transformers model: the
-    prompt repeated for each completion, logits at every token. What `score` must equal."""
+    """(logp (G, T), entropy (G, T)) of completions (G, T), by a plain transformers model: the
+    prompt repeated for each completion, logits at every token. `score` must equal this."""
     G, T = completions.shape
     P, device = len(prompt.ids), completions.device
     ids = torch.cat([prompt.ids.to(device).expand(G, -1), completions], dim=1)      # (G, P + T)
@@ -134,7 +134,7 @@ def predicting_states(model: nn.Module, prompt: Prompt, group: Group) -> tuple[T
 def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: int, *,
            temperature: float = 1.0, top_p: float = 0.95, top_k: int = 0,
            seeds: Sequence[int] | None = None, ends: Sequence[int] | None = None) -> list[Group]:
-    """G completions for each prompt, all decoded together. Vision tokens never come out.
+    """G completions for each prompt, all decoded together. Vision tokens are never sampled.
 
     temperature 0 is greedy; top_k 0 is off.
     seeds: one for each prompt (default 0, 1, ..). A prompt's random numbers depend on its seed

@@ -45,7 +45,7 @@ class BadRecord(ValueError):
 
 
 def one_line(value: object, most: int = 400) -> str:
-    """What a message can hold of a text: no line ends or half characters, cut in the middle."""
+    """A text for a message: no line ends, no lone surrogates, the middle of a long one cut out."""
     text = str(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= most else f"{text[:most // 2]} .. {text[-most // 2:]}"
@@ -56,8 +56,8 @@ def name_of(record: dict) -> str:
 
 
 def by_letter(options: list[str]) -> dict[str, str]:
-    """{letter: the option's text}. Options have letters if every one begins with its own: "B. x",
-    "b) x", "(B) x", "B: x"; "B.C. 20" does not. Else all of an option is text."""
+    """{letter: the option's text}. A letter is cut off only if every option begins with its own:
+    "B. x", "b) x", "(B) x" or "B: x", but not "B.C. 20"."""
     heads = [re.match(rf"(?i)\s*\(?{letter}\s*[.):](?!\w\.)\s*", option)
              for letter, option in zip(ascii_uppercase, options)]
     cuts = [head.end() if all(heads) else 0 for head in heads]
@@ -244,7 +244,7 @@ class Processor:
 
     def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float | list[float],
                max_prompt: int = 16384, text_after: str = "clip") -> Prompt:
-        """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart, or at these seconds.
+        """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart, or at the seconds listed.
         BadRecord if the prompt exceeds max_prompt tokens (it is never cut), or its question holds
         a special token."""
         v, media = self.vision, self.media_ids[record["data_type"]]

@@ -78,8 +78,8 @@ def fault_of(record: dict) -> str | None:
 
 def useless(record: dict) -> str | None:
     """Why training learns nothing from a record that can be read: its question holds what looks
-    like a special token, or no answer in the form that is asked for is right, so that its group
-    never differs. (From "A, B" a rule that gives part credit learns all the same.)"""
+    like a special token, or no answer in the form that is asked for can be right, so that all of a
+    group earn the same. (From "A, B" a rule that gives part credit does learn.) None if it does."""
     value, kind, fault = extract_answer(record["solution"]), record["problem_type"], None
     letters, control = list(by_letter(record["options"])), CONTROL.search(question_text(record))
     number = NUMBER.fullmatch(value) and math.isfinite(parse_number(value))
@@ -95,9 +95,9 @@ def useless(record: dict) -> str | None:
 
 
 def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple[list, list[str]]:
-    """The usable records of a file, and a line for each malformed one. Left out are those that
-    `data.py check` listed in leave_out: all of a path or, where it names the row, this one.
-    BadRecord where a file is not JSON, or holds no rows."""
+    """The usable records of a file, and a line for each malformed one, without those that
+    `data.py check` listed in leave_out: all of a path or, if the entry names a row, this one.
+    BadRecord if a file is not JSON, or holds no rows."""
     rows, listed = read_json(path), read_json(leave_out) if leave_out else []
     if not rows:
         raise BadRecord(f"{path}: holds no records")

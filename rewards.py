@@ -19,7 +19,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 def answers(text: str) -> list[str]:
     """What stands in each `<answer>..</answer>`, stripped."""
-    blocks = text.split("</answer>")[:-1]               # the pattern <answer>\s*(.*?)\s* is cubic
+    blocks = text.split("</answer>")[:-1]               # <answer>\s*(.*?)\s* takes cubic time
     return [block.split("<answer>", 1)[1].strip() for block in blocks if "<answer>" in block]
 
 
@@ -47,7 +47,7 @@ def word_accuracy(answer: str, truth: str) -> float:
     said, right = answer.split(), truth.split()
     if len(said) >= 2 * max(1, len(right)):             # each word too many is an error
         return 0.0
-    errors = list(range(len(right) + 1))                # of nothing said, against the first j words
+    errors = list(range(len(right) + 1))                # of no words, against the first j
     for word in said:
         diagonal, errors[0] = errors[0], errors[0] + 1
         for j, wanted in enumerate(right, 1):
@@ -101,7 +101,7 @@ def length_bonus(accuracy: Tensor, lengths: Tensor, low: int = 320, high: int = 
                  bonus: float = 0.2) -> Tensor:
     """(G,) bonus for correct completions of low..high tokens, if more than one is correct. Correct
     means an accuracy reward above 0.1, the released code's threshold (it matters only for graded
-    answers). `lengths` (G,) counts each completion's tokens, its end token included."""
+    answers). `lengths` (G,): each completion's tokens, its end token included."""
     correct = accuracy > 0.1
     earned = correct & (lengths >= low) & (lengths <= high) & (correct.sum() > 1)
     return bonus * earned.to(torch.float32)

@@ -1,4 +1,4 @@
-"""What a step knows of one prompt: its group of completions, and what is found out about them."""
+"""What a step knows of one prompt: its group of completions, and what is computed for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,24 +27,24 @@ class Group:
     @cached_property
     def flat_index(self) -> Tensor:
         """(n,) where the n tokens of all completions lie in the flattened rows. Found once, since
-        the host waits for the GPU to count them."""
+        the host waits for the GPU here."""
         return self.completion_mask.flatten().nonzero()[:, 0]
 
 
 @dataclass
 class Rollout:
-    """One prompt, its group, and what a step finds out about them, filled in from top to bottom.
+    """One prompt, its group, and what a step computes for them, filled in from top to bottom.
 
     (G, T) fields hold 0 or False at padding. Rewards are on the CPU, the rest is on the policy's
     device.
     """
     prompt: "Prompt"
     group: Group
-    seed: int                               # of sampling, even; the signals' seed is the next one
+    seed: int                               # of sampling: even; seed + 1 is the signals'
     progress: float = 0.0                   # the part of the run that is done
 
     accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
-    format: Tensor | None = None            # (G,) 1 where the completion has the asked-for form
+    format: Tensor | None = None            # (G,) 1 for the right form, else 0
     extra_reward: Tensor | None = None      # (G,) a rule's (--extra_reward)
     length_bonus: Tensor | None = None      # (G,) for the length of right answers
     rewards: Tensor | None = None           # (G,) the sum of these four

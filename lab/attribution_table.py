@@ -1,9 +1,9 @@
 """Attribution against the truth: what each signal's top tokens are, in a world where that is known.
 
-A look is a signal and how it looks. For each: of the tokens that it chose (top r of a group), the
-share of visual, temporal, answer and filler words (toy.token_class; for a signal's own class this
-is its precision), the part of the known words that it found (recall), and where in the completion
-its choices stand. `random` and `all` are the controls.
+A look is a signal with one way to score. For each look: the share of visual, temporal, answer and
+filler words among its top tokens (toy.token_class; for the signal's own class this is its
+precision), the share of the visual and temporal words that it found (recall), and where in the
+completion its tokens stand. `random` and `all` are the controls.
 
     python -m lab.attribution_table --model DIR --data WORLD
 """
@@ -50,7 +50,7 @@ def share(mask: Tensor) -> float:
 
 
 def heavier(weights: Tensor, mask: Tensor) -> Tensor:
-    """(G, T) bool: tokens of at least the mean weight, and above 0; of a key mask, its own."""
+    """(G, T) bool: tokens of at least the mean weight, and above 0; a key mask stays as it is."""
     weights = weights.float() * mask
     return (weights > 0) & (weights >= weights.sum() / mask.sum().clamp(min=1))
 

@@ -6,8 +6,8 @@ one (toy.SLIPS). The loss is the mean of -log pi(y_t | v, q, y_<t) over all toke
     OMP_NUM_THREADS=1 python -m lab.cold_start DIR      25 minutes on an idle core; makes what
                                                         cold_start/ holds
     python -m lab.cold_start DIR --family qwen3         a Qwen3-VL in place of a Qwen2.5-VL
-    python -m lab.cold_start DIR --world order          another world's, from the shipped one, which
-                                                        imitates its careless teacher
+    python -m lab.cold_start DIR --world order          another world's: the shipped one goes on
+                                                        with that world's careless teacher
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""From nothing to clips that are checked: the training list and its media, the benchmarks.
+"""Loads and checks data: the training list and its media, the lists and clips of benchmarks.
 
     bash train.sh data DIR                      the paper's list and the media that it names
     bash train.sh data DIR --dry_run            what that takes, in GB; loads no media
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     a.folder = a.folder.resolve()
     if a.benchmarks and (a.only or a.list != "paper"):
-        parser.error("--list and --only are of the training data, not of --benchmarks")
+        parser.error("--list and --only choose training data; --benchmarks takes neither")
     try:
         a.folder.mkdir(parents=True, exist_ok=True)
         (benchmarks if a.benchmarks else training)(a)

@@ -2,8 +2,8 @@
 
 At one checkpoint, for each question's group, the loss without clip and KL,
     L = sum_i -A_i / |o_i| sum_t m_t logp(y_t),
-and its gradient in the language model's last layer with m = 1 on the key tokens, on the others, and
-on all: norms, cosines with the whole, and the variance over completions of what each rule leaves.
+and its gradient in the language model's last layer, with m = 1 on the key tokens, on the others, or
+on all: norms, cosines with that of all, and the variance of each rule's losses over completions.
 
     python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
 """

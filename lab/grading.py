@@ -1,7 +1,7 @@
 """Grading: how a benchmark's answer is read, and what it scores.
 
-Strict is Video-R1's evaluation: the rules of training (rewards.py). Lenient reads what a person
-would, and nothing ("") where a person could not be sure: a wrong reading may score by chance.
+Strict is Video-R1's evaluation: the rules of training (rewards.py). Lenient reads an answer as a
+person would, and as nothing ("") where a person is not sure: a wrong reading may score by chance.
 """
 
 import re

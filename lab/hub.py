@@ -1,11 +1,11 @@
-"""What is wanted of a data set on the Hugging Face hub: planned exactly, loaded, unpacked, checked.
+"""Wanted files of a data set on the Hugging Face hub: planned exactly, loaded, unpacked, checked.
 
-Media lie there in zips of about 5 GB, some as they are. What a zip holds is read first, by ranges,
-so that nothing has to be noted down: a file is done when it lies in its place with the size that
-its zip says. One zip after the other is loaded and compared with the hub's SHA-256, its wanted
-members are unpacked, and it goes: the disk holds what is wanted and one zip. What a stop of any
-kind left is continued (hf_hub_download of huggingface_hub 2 begins a cut file anew, so its http_get
-is used). Mirrors (HF_ENDPOINT), proxies and logins are huggingface_hub's own.
+Media lie there in zips of about 5 GB, some as single files. The list of a zip's members is read
+first, by ranges. So no progress has to be saved: a file is done when it lies in its place with the
+size that its zip names. Zips are loaded one after the other and compared with the hub's SHA-256;
+the wanted members are unpacked and the zip is deleted, so the disk holds one zip at a time. A file
+cut by a stop is continued (hf_hub_download of huggingface_hub 2 begins it anew, so http_get is
+used). Mirrors (HF_ENDPOINT), proxies and logins are huggingface_hub's own.
 """
 
 import hashlib

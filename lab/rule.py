@@ -3,8 +3,8 @@
     bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 4 ..]
 
 The file adds to any of the registries (docs/rules.md) and may hold OPTIONS, those of ktr.py that it
-is trained with (lab/rules has examples). First one step is tried: an error in the rule ends
-this in one line. Then the study runs it beside its controls; this file looks at what came out.
+is trained with (lab/rules has examples). First one step is tried: an error in the rule ends all
+in one line. Then the study trains it and its controls, and this file shows the results.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def paired(differences: list[tuple[float, str]]) -> tuple[float, float]:
 
 def summarise(rows: list[dict]) -> dict:
     """Counts, mean scores, the strict score's interval, and what the commonest letter alone would
-    score on all multiple choice questions. What is unreadable is not wrong."""
+    score on all multiple choice questions. An unreadable clip does not count as wrong."""
     answered = [row for row in rows if "grade" in row]
     n = len(answered)
     strict = sum(row["grade"][0] for row in answered) / max(1, n)

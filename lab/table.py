@@ -5,10 +5,10 @@
 
 A model is a run (its RUN/final), a checkpoint's folder or a hub name. DIR is what `bash train.sh
 data DIR --benchmarks` fills: eval_BENCHMARK.json, whose paths start from DIR. evaluate.py answers,
-over all GPUs, what is not answered yet (OUT/MODEL/BENCHMARK-FRAMES/predictions.jsonl); what follows
-is handed on to it (--protocol video-r1, --batch 16 ..). Then OUT/table.md, .json, .svg and .png:
-scores with Wilson's 95% intervals, the published figures of the same cell, and the last model minus
-each other with paired intervals. A benchmark that is not there is named, and the rest goes on.
+over all GPUs, what is not answered yet (OUT/MODEL/BENCHMARK-FRAMES/predictions.jsonl), with all
+other options that are given (--protocol video-r1, --batch 16 ..). Then OUT/table.md, .json, .svg,
+.png: scores with Wilson's 95% intervals, published figures of the same cell, and the last model
+minus each other with paired intervals. A benchmark that is missing is named, and the rest goes on.
 """
 
 import argparse

@@ -90,7 +90,7 @@ Of the loss of all {G} completions, in the last layer of the language model:
 |---|---|---|
 {gradients}
 
-The optimizer follows the first (`engine.sharded.ShardedAdamW`). `ktr.main` has the loop around this.
+The optimizer follows the first (`engine.sharded.ShardedAdamW`). `ktr.main` is the loop around it.
 """
 
 

@@ -293,10 +293,11 @@ def test_a_protocol_sets_defaults_and_an_option_wins():
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--rescore", "f", "--frames", "32"], "is what the file says"),
-    (["--frames", "0"], "at least 2 frames"), (["--max_new_tokens", "0"], "1 new token"),
+    (["--rescore", "f", "--frames", "32"], "the file of predictions holds it"),
+    (["--frames", "0"], "at least --frames 2"),
+    (["--max_new_tokens", "0"], "--max_new_tokens, --batch 1"),
     (["--seconds", "two"], "invalid choice"), (["--protocol", "mine"], "invalid choice"),
-    (["--frame", "8"], "unrecognized"), (["--fps", "0"], "fps above 0"),
+    (["--frame", "8"], "unrecognized"), (["--fps", "0"], "--fps must be above 0"),
     (["--temperature", "-1"], "temperature 0 or more"), (["--top_p", "0"], "top_p above 0"),
     (["--data", ""], "error: --data is needed"), (["--video", "v"], "error: --question is needed"),
 ])
@@ -547,7 +548,7 @@ def test_rescoring_says_the_files_frames(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "frames 64" in printed and "61.3" not in printed
     assert "61.6" in printed and "66.6" in printed
-    with pytest.raises(SystemExit, match="--benchmark is what .*predictions.jsonl says"):
+    with pytest.raises(SystemExit, match="--benchmark cannot be given: .*predictions.jsonl holds"):
         main(parse(["--rescore", str(path), "--benchmark", "videomme"]))
 
 
