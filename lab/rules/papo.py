@@ -6,9 +6,9 @@ gradient, so that its own term is a constant: the authors' default (RECOMPUTE_AU
 `--penalty papo_grad` gives it one, as the paper's equation reads. On the policy's own tokens the
 term of logp has an expected gradient of 0. Means: of completions, then over them (PAPO-G).
 
-Source: GAMMA and ETA of PAPO-G at 7B, examples/papo_grpo/qwen2_5_vl_7b_grpo_papo.sh of
-github.com/MikeWangWZHL/PAPO (without a KL: 0.01 and 0.03); K's direction and both terms, its
-dp_actor.py, which averages over all tokens. Loss: GRPO's, KL 0.01 on every token, clip 0.2 / 0.3.
+Source: github.com/MikeWangWZHL/PAPO, examples/papo_grpo/qwen2_5_vl_7b_grpo_papo.sh (without a KL:
+0.01 and 0.03) and dp_actor.py, which averages over all tokens; read in a fork and in the same
+script of github.com/zsxm1998/awesome-perception-aware-rlvr. KL 0.01 on every token, clip 0.2 / 0.3.
 Differs: a clip's frames share their black patches; further --updates draw their own.
 """
 
