@@ -3,12 +3,12 @@
     loss += mean( -GAMMA K_t - ETA logp_t - ETA logp'_t ),   K_t = exp(d) - d - 1,  d = logp' - logp
 logp' is seen with 60% of the picture's patches black; d within +-20, K at most 10. logp' has no
 gradient, so that its own term is a constant: the authors' default (RECOMPUTE_AUG_LOG_PROBS off);
-`--penalty papo_grad` gives it one, as the paper's equation reads. On the policy's own tokens the term of logp
-has an expected gradient of 0. Means: over a completion, then over completions (PAPO-G).
+`--penalty papo_grad` gives it one, as the paper's equation reads. On the policy's own tokens the
+term of logp has an expected gradient of 0. Means: of completions, then over them (PAPO-G).
 
-Source: GAMMA and ETA of PAPO-G at 7B, examples/papo_grpo/qwen2_5_vl_7b_grpo_papo.sh of
-github.com/MikeWangWZHL/PAPO (without a KL: 0.01 and 0.03); K's direction and both terms, its
-dp_actor.py, which averages over all tokens. Loss: GRPO's, KL 0.01 on every token, clip 0.2 / 0.3.
+Source: github.com/MikeWangWZHL/PAPO, examples/papo_grpo/qwen2_5_vl_7b_grpo_papo.sh (without a KL:
+0.01 and 0.03) and dp_actor.py, which averages over all tokens; read in a fork and in the same
+script of github.com/zsxm1998/awesome-perception-aware-rlvr. KL 0.01 on every token, clip 0.2 / 0.3.
 Differs: a clip's frames share their black patches; further --updates draw their own.
 """
 
