@@ -23,9 +23,8 @@ def tokenizer():
 
 
 def config(name: str, tokenizer) -> PreTrainedConfig:
-    """The architecture called `name`, with this tokenizer's special tokens. "random:7b" is that of
-    the 7B; "random:7b/4" has its width, but 4 layers and 4 vision blocks. OSError for an unknown
-    size."""
+    """Architecture `name`, with this tokenizer's special tokens: "random:7b", or "random:7b/4" of
+    its width, but 4 layers and 4 vision blocks. OSError for an unknown size."""
     size, _, depth = name.removeprefix("random:").partition("/")
     if size not in SIZES:
         raise OSError(f"{name}: no such size; known: {', '.join(SIZES)}")

@@ -1,10 +1,10 @@
 """How files become frames and their times: those that a player shows.
 
-decord's seek and its number of frames are wrong, without a word, for open GOPs, hidden packets,
-transport streams and more. So a clip's packets are read first, which decodes one frame: they tell
-what is shown and when, and whether decord is known to read it. PyAV reads all others; where it does
-not find what the packets promised, it decodes the clip from its start and counts. Pixel aspect
-ratio, interlacing and a clip's alpha are left alone.
+decord returns wrong frames, without a word, for open GOPs, hidden packets, transport streams and
+more. So a clip's packets are read first, and one frame: they tell what is shown and when, and
+whether decord reads it rightly. PyAV reads all others; where its frames are not those that the
+packets promised, it decodes from the start and counts. Pixel aspect ratio, interlacing and a clip's
+alpha are left alone.
 """
 
 from bisect import bisect_left, bisect_right
@@ -12,26 +12,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, chain, pairwise, tee
+from itertools import accumulate, chain, tee
 from pathlib import Path
 from typing import NamedTuple
 
 import av           # before decord, whose older libvpx and libx264 would answer PyAV's calls
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from PIL.Image import Transpose
 
 DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")   # H.264 in these
 STORE_TIMES = (*DECORD, "flv", "mpegts", "mpeg")        # others: times of decoding, or none
 ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")        # a TIFF of many pages is no clip
 HEIF = (b"heic", b"heix", b"mif1")                      # Pillow reads none, FFmpeg a part of it
-UPRIGHT = {                     # by EXIF's orientation
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90}
-DAMAGED = (                     # what Pillow raises on damaged files: by its own fuzzer, and ours
-    MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
-    Image.DecompressionBombError)
+TURNS = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)        # EXIF's orientations, as `turned` has them
+DAMAGED = (MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
+           Image.DecompressionBombError)                # what Pillow raises, by its fuzzer and ours
 
 
 class Unlike(ValueError):
@@ -40,7 +35,7 @@ class Unlike(ValueError):
 
 # ---------------------------------------------------------------------------------------- pictures
 def is_picture(path: Path) -> bool:
-    """Whether a file holds one still picture, by its content. OSError if it cannot be opened."""
+    """Whether a file is one still picture, by its content. OSError if it cannot be opened."""
     try:
         with Image.open(path) as image:                 # which knows MPEG, but does not read it
             return image.format != "MPEG" and not (image.format in ANIMATED and image.is_animated)
@@ -57,8 +52,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()                                # here a TIFF turns itself
-            kind, way = image.format, UPRIGHT.get(image.getexif().get(274))
-            image = image if way is None else image.transpose(way)
+            kind, orientation = image.format, image.getexif().get(274)
             if image.mode == "F" or image.mode == "I" and kind not in ("PNG", "PPM"):
                 raise ValueError(f"{kind} of 32 bits a pixel does not say how bright white is")
             if image.mode.startswith("I"):              # convert("RGB") would clip it to white
@@ -66,9 +60,16 @@ def read_image(path: Path) -> np.ndarray:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))[None]
+            turn = [orientation in turning for turning in TURNS]
+            return turned(np.array(image.convert("RGB")), *turn)
     except DAMAGED as error:
         raise ValueError(str(error) or type(error).__name__) from None
+
+
+def turned(array: np.ndarray, across: bool, rows: bool, columns: bool) -> np.ndarray:
+    """A picture as (1, H, W, 3): rows become columns if `across`, then rows flip, columns flip."""
+    array = array.swapaxes(0, 1) if across else array
+    return np.ascontiguousarray(array[None, ::-1 if rows else 1, ::-1 if columns else 1])
 
 
 # ----------------------------------------------------------------------------------------- packets
@@ -78,6 +79,7 @@ class Packet(NamedTuple):
     key: bool                           # decoding can begin here
     hidden: bool                        # the file cuts it away
     damaged: bool
+    idr: bool                           # decoding is known to begin anew here
 
 
 @dataclass
@@ -89,7 +91,6 @@ class Clip:
     rate: Fraction                      # frames a second, as the container says or FFmpeg guesses
     packets: list[Packet]               # in decoding order
     first: av.VideoFrame                # that the decoder returns
-    closed: bool                        # decoding is known to begin anew at all its key frames
 
     def promised(self) -> list[int]:
         """The times of the frames shown, as the packets tell; empty where that is not sure."""
@@ -97,24 +98,23 @@ class Clip:
             return []                                   # (of MPEG-4, FFmpeg finds out the order)
         first = self.first.pts                          # leading pictures of nothing are not shown
         whole = self.packets[:-1] if self.packets[-1].damaged else self.packets     # a cut download
-        if None in (first, *(p.time for p in whole)) or any(p.damaged for p in whole):
+        if first is None or any(p.time is None or p.damaged for p in whole):
             return []
         times = sorted(p.time for p in whole if not p.hidden and p.time >= first)
-        return times if all(a < b for a, b in pairwise(times)) else []
+        return times if len(set(times)) == len(times) else []
 
     def suits_decord(self, times: list[int]) -> bool:
-        """Whether its packets are those of a clip that decord reads rightly: H.264, all of them
-        shown, and none that follows a key frame in decoding order before it. (Of a damaged clip of
-        another codec it shows other frames, without a word.)"""
+        """Whether decord is known to read it rightly: H.264 (of others, damaged, it shows wrong
+        frames), all packets shown, and none of them before a key frame that is decoded earlier."""
         packets, first = self.packets, self.first.pts
-        if not (self.closed and self.container in DECORD and len(times) == len(packets)):
+        if self.container not in DECORD or len(times) != len(packets) or not packets[0].key:
             return False
         begun = accumulate((p.time if p.key else first for p in packets), max)
-        return (packets[0].key and first >= 0 and not any(turn_of(self.first))
+        return (first >= 0 and not any(turn_of(self.first)) and all(p.idr for p in packets if p.key)
                 and all(packet.time >= key for packet, key in zip(packets, begun)))
 
     def timing(self, times: list[int | None]) -> tuple[list[float], Fraction]:
-        """(seconds of each frame after the first, the duration) of frames shown at these times."""
+        """(each frame's seconds after the first, the duration) of frames shown at these times."""
         n, known = len(times), sorted(set(times) - {None})
         if len(known) < n:                              # some have none, or another's
             return [float(i / self.rate) for i in range(n)], n / self.rate
@@ -139,8 +139,8 @@ def opened(path: Path) -> Iterator[tuple]:
 
 
 def packets_of(container, stream) -> Iterator:
-    """All of a stream; a damaged file ends at the damage. (PyAV's demux ends with an IndexError
-    where another stream of the file begins late.)"""
+    """All of a stream, up to damage of the file. (PyAV's demux ends with an IndexError where
+    another stream begins late.)"""
     with suppress(av.error.InvalidDataError, IndexError):
         yield from (packet for packet in container.demux(stream) if packet.size)
 
@@ -165,33 +165,27 @@ def read_packets(path: Path) -> Clip:
         if first is None:
             raise ValueError(f"{codec}: no frame can be decoded")
         del ahead                                       # for which all packets would be kept
-        packets, closed = [], codec == "h264"
-        for packet in feed:
-            packets.append(Packet(packet.pts, max(packet.duration or 0, 0), packet.is_keyframe,
-                                  packet.is_discard, packet.is_corrupt))
-            closed = closed and (not packet.is_keyframe or has_idr(packet, stream))
+        packets = [Packet(p.pts, max(p.duration or 0, 0), p.is_keyframe, p.is_discard, p.is_corrupt,
+                          codec == "h264" and p.is_keyframe and has_idr(p, stream)) for p in feed]
         rate = stream.guessed_rate or stream.average_rate or Fraction(25)
-        return Clip(path, codec, container.format.name, stream.time_base, rate, packets, first,
-                    closed)
+        return Clip(path, codec, container.format.name, stream.time_base, rate, packets, first)
 
 
 def has_idr(packet, stream) -> bool:
-    """Whether an H.264 packet holds an IDR picture (a NAL unit of type 5), and so forgets all that
-    came before. Key frames of open GOPs and of intra refresh do not."""
+    """Whether an H.264 packet holds an IDR picture (NAL unit type 5), where decoding begins anew.
+    Key frames of open GOPs and of intra refresh hold none."""
     data, setup, at = memoryview(packet), stream.codec_context.extradata or b"", 0
     if len(setup) < 5 or setup[0] != 1:                 # not in the form of mp4 and Matroska
         return False
     size = (setup[4] & 3) + 1                           # bytes of each unit's length
-    while at + size < len(data):
-        if data[at + size] & 31 == 5:
-            return True
+    while at + size < len(data) and data[at + size] & 31 != 5:
         at += size + int.from_bytes(data[at:at + size])
-    return False
+    return at + size < len(data)
 
 
 def turn_of(frame) -> tuple[bool, bool, bool]:
-    """What makes a frame upright: (rows become columns, then rows flip, columns flip). A display
-    matrix moves a pixel from (x, y) to (a x + c y, b x + d y)."""
+    """What makes a frame upright, as `turned` takes it. A display matrix moves a pixel from (x, y)
+    to (a x + c y, b x + d y)."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -206,9 +200,7 @@ def pixels(frame, clip: Clip) -> np.ndarray:
     """(1, H, W, 3) uint8, upright, of the first frame's size."""
     array = frame.to_ndarray(format="rgb24", width=clip.first.width, height=clip.first.height,
                              threads=1)
-    across, rows, columns = turn_of(frame)
-    array = array.swapaxes(0, 1) if across else array
-    return array[None, ::-1 if rows else 1, ::-1 if columns else 1]
+    return turned(array, *turn_of(frame))
 
 
 def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
@@ -227,8 +219,8 @@ def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.n
 
 
 def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
-    """Reads all packets, which is quick and needs no seek, but decodes only from the key frame
-    before each frame wanted. Unlike if a frame on the way is not the next of `times`."""
+    """Reads all packets, so needs no seek, but decodes only from the key frame before each frame
+    wanted. Unlike if a frame on the way is not the next of `times`."""
     keys = sorted((p.time, i) for i, p in enumerate(clip.packets) if p.key and not p.damaged)
     fed = place = -1
 
@@ -250,9 +242,8 @@ def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.n
                 frames, place = decoded(stream, packets_from(start)), bisect_left(times, begins)
             while place <= index:
                 frame = next(frames, None)
-                if frame is None or frame.pts != times[place]:
-                    raise Unlike
-                if frame.pts == begins and not frame.key_frame:
+                if (frame is None or frame.pts != times[place]
+                        or frame.pts == begins and not frame.key_frame):
                     raise Unlike
                 place += 1
             yield pixels(frame, clip)
@@ -262,9 +253,7 @@ def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.n
 
 def by_counting(clip: Clip, times: list, indices: list[int]) -> Iterator[np.ndarray]:
     wanted = set(indices)
-    for number, frame in enumerate(in_order(clip.path)):
-        if number in wanted:
-            yield pixels(frame, clip)
+    yield from (pixels(frame, clip) for i, frame in enumerate(in_order(clip.path)) if i in wanted)
 
 
 def plans(clip: Clip) -> Iterator[tuple]:
@@ -278,12 +267,9 @@ def plans(clip: Clip) -> Iterator[tuple]:
 
 
 def read_clip(path: Path, choose: Callable, keep: Callable) -> tuple[list, list[float], float]:
-    """(what is kept of some frames, their seconds after the first, the duration).
-
-    choose(number of frames, frames a second) -> indices; keep(frames (k, H, W, 3) uint8, number of
-    indices) makes what is kept of frames as they come. ValueError, with the codec, where none can
-    be shown.
-    """
+    """(what is kept of some frames, their seconds after the first, the duration). ValueError, with
+    the codec, if none can be shown. choose(number of frames, frames a second) -> indices;
+    keep(frames (k, H, W, 3) uint8, number of indices) -> what is kept of frames as they come."""
     codec = "no clip that FFmpeg knows"
     try:
         clip = read_packets(path)

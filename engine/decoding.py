@@ -1,32 +1,27 @@
 """Decoding: one token for all completions of all prompts, as fast as the weights can be read.
 
-A `Decoder` owns the buffers of N prompts and their G completions and the step that extends them:
-the model's own forward. On CUDA its layer is compiled and the step replayed as a CUDA graph;
-elsewhere it runs as it stands.
+A step is the model's own forward. On CUDA its layer is compiled, and a CUDA graph replays the step.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from engine import thin
+from engine.kernels import thin_linear
 from engine.packing import Step
 from engine.prepare import compile_layer, compiled_on_cuda
 
 
 def choose(logits: Tensor, draws: Tensor, banned: Tensor, temperature: float, top_p: float,
            top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """A token (R,) and its log-probability (R,), at temperature 1 over all words, from logits (R,
-    V).
-
-    draws (R,) are uniform in [0, 1). As in transformers, temperature comes first, then the top_k
-    likeliest (0: all), then of those the nucleus: tokens while the mass of the likelier ones is
-    below top_p. Both are exact; tokens tied with the nucleus's last belong to it. temperature 0 is
-    greedy.
-    """
+    """A token (R,) and its log-probability (R,), at temperature 1 over all words, of logits (R, V).
+    draws (R,) are uniform in [0, 1). As in transformers, temperature (0: greedy) comes first, then
+    the top_k likeliest (0: all), then of those the nucleus: tokens while the mass of the likelier
+    ones is below top_p, and those tied with its last."""
     total, p = probabilities(logits, banned, temperature or 1.0)
     if not temperature:
         token = logits.masked_fill(banned, -torch.inf).argmax(-1)
@@ -49,8 +44,7 @@ def probabilities(logits: Tensor, banned: Tensor, temperature: float) -> tuple[T
 
 
 def nucleus_border(p: Tensor, top_p: float) -> Tensor:
-    """The largest number (R, 1) such that p (R, V) above it adds up to top_p or more: the
-    nucleus is what lies above it."""
+    """The largest number (R, 1) above which p (R, V) adds up to top_p or more: the nucleus."""
     if p.is_cuda:
         return border_by_bits(p, top_p)
     likeliest = p.sort(-1, descending=True).values
@@ -60,8 +54,8 @@ def nucleus_border(p: Tensor, top_p: float) -> Tensor:
 
 
 def border_by_bits(p: Tensor, top_p: float) -> Tensor:
-    """`nucleus_border`, three bits at a time, since floats from 0 to 1 are ordered as their 30 bits
-    are. On a GPU sorting 152,064 words would take longer than a layer."""
+    """`nucleus_border`, three bits at a time: floats from 0 to 1 are ordered as their 30 bits are.
+    On a GPU sorting 152,064 words would take longer than a layer."""
     border = torch.zeros(len(p), 1, dtype=torch.int32, device=p.device)
     digits = torch.arange(8, dtype=torch.int32, device=p.device)
     shifts = torch.arange(27, -1, -3, dtype=torch.int32, device=p.device)
@@ -80,16 +74,15 @@ def border_within(p: Tensor, border: Tensor, steps: Tensor, top_p: float) -> Ten
 
 
 def in_blocks(p: Tensor, block: int = 512) -> Tensor:
-    """p (R, V) as (R, blocks, block), filled up with 0. Sums block by block, then over blocks,
-    use the whole chip; one over the row would use a processor for each row."""
+    """p (R, V) as (R, blocks, block), filled up with 0. Sums over blocks use the whole GPU, not one
+    processor for each row."""
     return F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))
 
 
 @compiled_on_cuda
 def inverse_cdf(p: Tensor, draws: Tensor, border: Tensor | float = 0.0) -> Tensor:
-    """Indices (R,) of p (R, V), where it is above border (R, 1), at which the cumulative mass
-    passes draws (R,), found block by block: inductor (torch 2.11) cannot compile a scan over a
-    whole vocabulary."""
+    """Indices (R,) at which the running sum of p (R, V), above border (R, 1), passes draws (R,) of
+    its total. By blocks: inductor (torch 2.11) cannot compile a scan over a whole vocabulary."""
     p = in_blocks(torch.where(p > border, p, 0))
     block = p.shape[-1]
     cdf = p.sum(-1).cumsum(-1)
@@ -103,39 +96,19 @@ def inverse_cdf(p: Tensor, draws: Tensor, border: Tensor | float = 0.0) -> Tenso
     return which[:, 0] * block + torch.minimum(within, last)
 
 
-def next_logits(model: nn.Module, token: Tensor, position: Tensor, step: Step) -> Tensor:
-    """(N*G, V) logits after token (N, G) at position (N, G): one decoding step of the model's
-    own forward."""
-    hidden = model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(token), position_ids=position.expand(3, -1, -1),
-        layout=step, use_cache=False).last_hidden_state
-    return thin.linear(hidden, model.lm_head.weight).flatten(0, 1)
-
-
 class Decoder:
     """Buffers for N prompts and G completions of up to T tokens each, and the step that extends all
-    by a token.
+    by a token. All that changes from prompt to prompt lives in a buffer, so prompts of other
+    lengths, and fewer of them, replay the same graph. how: temperature, top_p, top_k."""
 
-    Slot room + t*G + g of a prompt's cache row holds token t of its completion g. On CUDA the step
-    is compiled and captured once; everything that changes from prompt to prompt lives in a buffer,
-    so prompts of other lengths, and fewer of them, replay the same graph, and attention visits only
-    the slots in use.
-    """
-
-    def __init__(self, model: nn.Module, N: int, G: int, room: int, T: int, temperature: float,
-                 top_p: float, top_k: int):
+    def __init__(self, model: nn.Module, N: int, G: int, room: int, T: int, how: tuple):
         device, config = model.device, model.config.text_config
-        self.model, self.N, self.G, self.T = model, N, G, T
-        self.how = temperature, top_p, top_k
-        self.room, heads = room, config.num_key_value_heads
-        size = model.model.language_model.layers[0].self_attn.head_dim
-        shape = N, heads, room + G * T, size
+        self.model, self.N, self.G, self.T, self.room, self.how = model, N, G, T, room, how
+        layers = model.model.language_model.layers
+        shape = N, config.num_key_value_heads, room + G * T, layers[0].self_attn.head_dim
         self.kv = [tuple(torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(2))
-                   for _ in range(config.num_hidden_layers)]
-
-        def integers(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.long, device=device)
-
+                   for _ in layers]
+        integers = partial(torch.zeros, dtype=torch.long, device=device)
         self.ids, self.token, self.position = integers(T, N, G), integers(N, G), integers(N, G)
         self.slots, self.step, self.lengths = integers(G), integers(1), integers(N)
         self.draws = torch.zeros(T, N, G, device=device)
@@ -155,13 +128,12 @@ class Decoder:
 
     def start(self, lengths: Sequence[int], positions: Sequence[int], seeds: Sequence[int], T: int,
               ends: Sequence[int]) -> None:
-        """Begin anew with n <= N prompts of these lengths and next positions, to be extended by
-        up to T tokens. A prompt's random numbers depend on its seed alone."""
+        """Begin anew with n <= N prompts of these lengths and next positions, for up to T tokens. A
+        prompt's random numbers depend on its seed alone."""
         n, device = len(lengths), self.ids.device
         self.lengths.fill_(1)[:n] = torch.tensor(lengths, device=device)    # others count as ended
         self.position.zero_()[:n] = torch.tensor(positions, device=device)[:, None]
-        draws = [torch.rand(T, self.G, generator=torch.Generator().manual_seed(seed))
-                 for seed in seeds]
+        draws = [torch.rand(T, self.G, generator=torch.Generator().manual_seed(x)) for x in seeds]
         self.draws[:T, :n] = torch.stack(draws, 1).to(device)
         self.done.fill_(True)[:n] = False
         self.ends.fill_(-1)[:len(ends)] = torch.tensor(ends, dtype=torch.long, device=device)
@@ -182,8 +154,11 @@ class Decoder:
         """One decoding step: the last tokens go into the cache, the next ones come out."""
         if self.graph is not None:
             return self.graph.replay()
-        step = Step(self.slots, self.room, self.lengths)
-        logits = next_logits(self.model, self.token, self.position, step)
+        hidden = self.model.model.language_model(                                   # (N, G, D)
+            inputs_embeds=self.model.get_input_embeddings()(self.token), use_cache=False,
+            position_ids=self.position.expand(3, -1, -1),
+            layout=Step(self.slots, self.room, self.lengths)).last_hidden_state
+        logits = thin_linear(hidden, self.model.lm_head.weight).flatten(0, 1)       # (N*G, V)
         self.position += 1
         self.slots += self.G
         self.step += 1
@@ -194,15 +169,14 @@ class Decoder:
         text = self.model.model.language_model
         small = text.embed_tokens, text.rotary_emb, text.norm
         scoring = {part: part.forward for part in (*text.layers, *small)}
-        for part, forward in scoring.items():           # one layer is compiled and serves all
-            if part in small:
-                part.forward = torch.compile(forward, dynamic=False)
-            else:
-                compile_layer(part, dynamic=False)
+        for layer in text.layers:                       # one is compiled and serves all
+            compile_layer(layer, dynamic=False)
+        for part in small:
+            part.forward = torch.compile(part.forward, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # compiles, settles lazy allocations
+            for _ in range(3):                          # compiles, settles lazy allocations
                 self.start([1], [1], [0], 1, ())
                 self.advance()
         torch.cuda.current_stream().wait_stream(side)
@@ -216,19 +190,16 @@ class Decoder:
 
 
 def vision_tokens(config: PreTrainedConfig) -> list[int]:
-    """Tokens that must never be sampled: they would stand for pixels that do not exist."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-             "vision_token_id")
-    return [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+    """Tokens that are never sampled: they would stand for pixels that do not exist."""
+    names = ("image", "video", "vision_start", "vision_end", "vision")
+    ids = [getattr(config, f"{name}_token_id", None) for name in names]
+    return [token for token in ids if token is not None]
 
 
-def decoder_for(model: nn.Module, N: int, G: int, room: int, T: int, temperature: float,
-                top_p: float, top_k: int = 0) -> Decoder:
-    """A decoder that fits: on CUDA the one at hand where it can, else one with room to spare
-    that replaces it."""
-    how = temperature, top_p, top_k
+def decoder_for(model: nn.Module, N: int, G: int, room: int, T: int, *how: float) -> Decoder:
+    """A decoder that fits: on CUDA the one at hand, or a larger one instead. how: see `Decoder`."""
     if model.device.type != "cuda":
-        return Decoder(model, N, G, room, T, *how)
+        return Decoder(model, N, G, room, T, how)
     held = model.__dict__.setdefault("_decoders", {})
     d, T = held.get((G, *how)), max(T, 2)       # to be captured, it must advance
     if d is None or d.N < N or d.room < room or d.T < T:
@@ -237,6 +208,6 @@ def decoder_for(model: nn.Module, N: int, G: int, room: int, T: int, temperature
             N, room, T = max(N, d.N), max(room, d.room), max(T, d.T)
             del held[G, *how], d
             for layer in model.model.language_model.layers:
-                layer.self_attn.kv = None  # or the old cache would stay beside the new one
-        held[G, *how] = Decoder(model, N, G, room, T, *how)
+                layer.self_attn.kv = None               # else the old cache would stay
+        held[G, *how] = Decoder(model, N, G, room, T, how)
     return held[G, *how]

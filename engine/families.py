@@ -10,7 +10,6 @@ What is not here is read from the checkpoint's own files, or is the same for all
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def read_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint's folder or hub name (ORGANISATION/MODEL). OSError where there is
-    none; ValueError, in one line, where it is of no family that is known here."""
+    none; ValueError for another family."""
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise OSError(f"{name}: no such folder")
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
@@ -59,12 +58,10 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def end_tokens(tokenizer, config: PreTrainedConfig, generation: dict) -> list[int]:
-    """The tokens that end a completion: those of generation_config.json, or else the config's, or
-    the tokenizer's; and the end of a turn in the chat template, which base models leave out.
-    ValueError where there are none."""
-    parts = (config, config.get_text_config())
-    given = (generation.get("eos_token_id"),
-             *(getattr(part, "eos_token_id", None) for part in parts), tokenizer.eos_token_id)
+    """The tokens that end a completion: generation_config.json's, or else the config's, or the
+    tokenizer's; and the template's <|im_end|>, which base models leave out. ValueError for none."""
+    others = [getattr(x, "eos_token_id", None) for x in (config, config.text_config, tokenizer)]
+    given = [generation.get("eos_token_id"), *others]
     ends = next((ids for ids in given if ids is not None), [])
     ends = {ends} if isinstance(ends, int) else set(ends)
     if "<|im_end|>" in (tokenizer.chat_template or ""):
@@ -76,10 +73,8 @@ def end_tokens(tokenizer, config: PreTrainedConfig, generation: dict) -> list[in
 
 def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[int],
                theta: float, tied: bool = False) -> PreTrainedConfig:
-    """A config of this model_type, with the tokenizer's special tokens.
-
-    sections, theta: of M-RoPE. tied: the head is the embedding.
-    """
+    """A config of this model_type, with the tokenizer's special tokens. sections, theta: of M-RoPE.
+    tied: the head is the embedding."""
     family, token = FAMILIES[kind], tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
     if family.interleaved:
@@ -95,12 +90,9 @@ def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[in
 
 
 def stamp(text: str, n: int, temporal: int, seconds: float | list[float]) -> str:
-    """A prompt with a vision block for each temporal patch of its n frames after the time in the
-    middle of the patch. seconds: of each frame after the first, or from one to the next.
-
-    As in transformers 4.57 and vLLM; transformers 5 also leaves the template's own pair of vision
-    tokens around them all.
-    """
+    """A prompt with a vision block for each temporal patch of its n frames, after the time of the
+    patch's middle. seconds: each frame's after the first, or from one to the next. As transformers
+    4.57 and vLLM do; transformers 5 leaves the template's own vision tokens around them all."""
     block, blocks = "<|vision_start|><|video_pad|><|vision_end|>", ""
     for first in range(0, n, temporal):
         last = min(first + temporal, n) - 1             # where n is odd, the last frame is repeated
@@ -111,8 +103,8 @@ def stamp(text: str, n: int, temporal: int, seconds: float | list[float]) -> str
 
 
 def vision_features(tower: nn.Module, patches: Tensor, grids: Tensor) -> Tensor:
-    """(V, width): what each merged patch hands to the language model, side by side: D for its
-    embedding, and D for the output of each of the first layers, where the family has any."""
+    """(V, width): what each merged patch gives the language model, side by side: D as its
+    embedding, and D for the output of each of the first layers (DeepStack)."""
     seen = tower(patches, grid_thw=grids)
     return torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", ())], dim=-1)
 
@@ -120,10 +112,3 @@ def vision_features(tower: nn.Module, patches: Tensor, grids: Tensor) -> Tensor:
 def feature_width(config: PreTrainedConfig) -> int:
     deep = getattr(config.vision_config, "deepstack_visual_indexes", ())
     return config.text_config.hidden_size * (1 + len(deep))
-
-
-def deepstack(where: Tensor, features: Sequence[Tensor]) -> dict:
-    """What the language model is told of features (V, D) for its first layers, at `where` (L,)."""
-    if not features:
-        return {}
-    return {"visual_pos_masks": where[None], "deepstack_visual_embeds": list(features)}

@@ -5,11 +5,10 @@ completion sees the prompt and itself: the prompt is computed once, forward and 
 keeps one row of keys and values per prompt whose slots after the prompt are dealt out in turn,
 token t of completion g in slot t*G + g, so the G tokens of a step are G queries over the same keys.
 
-Both reach the model through transformers' attention interface, so its own forward runs unchanged:
-it hands the keyword `layout`, a `Packed` row or a decoding `Step`, down to every layer's attention.
-On CUDA the packed row is one call of torch's variable-length attention with the prompt's keys
-prepended to each completion's, and the step is engine/attend.py's; elsewhere (and for the packed
-row in fp32, which torch's kernel does not take) both are SDPA under a mask.
+Both reach the model through transformers' attention interface: its own forward hands the keyword
+`layout`, a `Packed` row or a decoding `Step`, down to every layer's attention. On CUDA the row is
+one call of torch's variable-length attention (which takes no fp32), the prompt's keys before each
+completion's, and the step is engine/kernels.py's; else both are SDPA under a mask.
 """
 
 from dataclasses import dataclass
@@ -17,32 +16,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from engine.attend import attend
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it; only CUDA needs it
-    varlen_attn = None
+from engine.kernels import attend
 
 
 @dataclass
 class Packed:
-    """Layout of packed rows: sequences 0, 1, .. are prompt 1, its completions, prompt 2, its
-    completions, ..
-
-    Sequence s has the queries cu_q[s]:cu_q[s+1] of the row; its keys are keys[cu_k[s]:cu_k[s+1]],
-    the last of which are its own tokens, causally. `blocks` says the same for SDPA: (start, end,
-    mask) per prompt.
-    """
+    """Layout of a packed row. Its sequences are prompt 1, its completions, prompt 2, ..; sequence s
+    has the queries cu_q[s]:cu_q[s+1] of the row and the keys keys[cu_k[s]:cu_k[s+1]], the last of
+    which are its own, causally. `blocks` says the same for SDPA: (start, end, mask) per prompt."""
     cu_q: Tensor                                        # (S+1,) int32
     cu_k: Tensor                                        # (S+1,) int32
     keys: Tensor                                        # (K,) indices into the row
     max_q: int
     max_k: int
-    blocks: list[tuple[int, int, Tensor]]  # mask (1, 1, n, n) bool, True where a query may look
-    store: tuple[Tensor, Tensor] | None = None  # each token's (prompt, slot) in the layers' `kv`
+    blocks: list[tuple[int, int, Tensor]]               # mask (1, 1, n, n), True: a query may look
+    store: tuple[Tensor, Tensor] | None = None          # each token's (prompt, slot) in `kv`
 
 
 @dataclass
@@ -62,8 +53,7 @@ class Step:
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """x, from the CPU, on the device. The host waits neither for the copy nor for what the GPU does
-    before."""
+    """x, from the CPU, on the device. The host does not wait for the copy, or for the GPU."""
     cuda = torch.device(device).type == "cuda"
     return x.pin_memory().to(device, non_blocking=True) if cuda else x
 
@@ -73,8 +63,7 @@ def has_varlen(x: Tensor) -> bool:
 
 
 def pack(prompt_lengths: list[int], completion_lengths: list[list[int]], embeds: Tensor) -> Packed:
-    """The layout of one row that holds every prompt followed by its completions, for attention
-    over `embeds`."""
+    """The layout of a row of prompts, each followed by its completions, that embeds (L, D) hold."""
     q_lengths, k_lengths, keys, blocks, start = [], [], [], [], 0
     device = embeds.device
     for P, own in zip(prompt_lengths, completion_lengths):
@@ -102,19 +91,17 @@ def text_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_
     returns (B, Q, H, D)."""
     if isinstance(layout, Step):
         return step_attention(query, key, value, layout, *module.kv, scaling), None
-    row = layout
-    if row.store is not None:
+    if layout.store is not None:
         for cache, new in zip(module.kv, (key, value)):
-            cache[row.store[0], :, row.store[1]] = new[0].transpose(0, 1)
+            cache[layout.store[0], :, layout.store[1]] = new[0].transpose(0, 1)
     if has_varlen(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))               # (L, heads, D)
-        k, v = k.index_select(0, row.keys), v.index_select(0, row.keys)
-        out = varlen_attn(q, k, v, row.cu_q, row.cu_k, row.max_q, row.max_k,
-                          window_size=(-1, 0), **GROUPED)           # causal
-        return out[None], None
+        k, v = k.index_select(0, layout.keys), v.index_select(0, layout.keys)
+        return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k,
+                           window_size=(-1, 0), **GROUPED)[None], None              # causal
     parts = [F.scaled_dot_product_attention(*(x[:, :, start:end] for x in (query, key, value)),
                                             attn_mask=sees, scale=scaling, enable_gqa=True)
-             for start, end, sees in row.blocks]
+             for start, end, sees in layout.blocks]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -135,8 +122,7 @@ def step_attention(query: Tensor, key: Tensor, value: Tensor, step: Step, keys: 
 def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
                      scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
                      max_length_q: int | None = None, **_) -> tuple[Tensor, None]:
-    """Attention inside the vision tower's windows, all windows in one call. query (1, H, L, D)
-    -> (1, L, H, D)."""
+    """Attention inside the vision tower's windows, in one call: (1, H, L, D) -> (1, L, H, D)."""
     if has_varlen(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         cu = cu_seq_lens_q
@@ -157,5 +143,4 @@ def vision_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
 NAMES = {"text_config": "shared_prompt", "vision_config": "flash_windows"}
 AttentionInterface.register(NAMES["text_config"], text_attention)
 AttentionInterface.register(NAMES["vision_config"], vision_attention)
-options = getattr(varlen_attn, "__kwdefaults__", None) or {}
-GROUPED = {"enable_gqa": True} if "enable_gqa" in options else {}
+GROUPED = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or ()) else {}

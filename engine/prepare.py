@@ -1,9 +1,4 @@
-"""A model made ready: its weights in one buffer, this project's attention, layers compiled once.
-
-`recompute` is gradient checkpointing (Chen et al. 2016): a layer keeps its input only and computes
-the rest again in the backward pass. `multiply_together` makes one product of those that share their
-input.
-"""
+"""A model made ready: its weights in one buffer, this project's attention, layers compiled once."""
 
 from functools import wraps
 
@@ -12,17 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine import thin
+from engine.kernels import thin_linear
 from engine.packing import NAMES, has_varlen
 from engine.sharded import flatten
 
 
 def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """The same model on `device`, in evaluation mode, for `policy.sample` and `policy.score`.
-
-    On CUDA in half precision, one decoder layer and one vision block are compiled, for any length,
-    and serve all: norms, rotations and activations fuse. The first step pays for it.
-    """
+    """The model on `device`, in evaluation mode, for `policy.sample` and `policy.score`. On CUDA in
+    half precision one decoder layer and one vision block are compiled, and serve all."""
     flatten(model, device)
     model.set_attn_implementation(NAMES)
     for layer in model.model.language_model.layers:
@@ -42,7 +34,7 @@ def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def compiled_on_cuda(function, dynamic: bool = False):
-    """The function, compiled where its first argument is on a GPU: for each length, or for any."""
+    """The function, compiled where its first argument is on a GPU. dynamic: for any length."""
     compiled = torch.compile(function, dynamic=dynamic)
 
     @wraps(function)
@@ -58,14 +50,13 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
-    """Compile what `able_to_recompute` made of its forward, for any length or for the one it
-    meets."""
+    """Compile what `able_to_recompute` made, for any length or for the one it meets."""
     torch._dynamo.config.recompile_limit = 512          # all layers of all models share one code,
     torch._dynamo.config.accumulated_recompile_limit = 512      # and a decoder has forms of its own
     # else a norm's epsilon becomes an input, and g++ compiles for 20 s what converts it on the CPU
     torch._dynamo.config.specialize_float = True
-    if not how:  # inductor may pad a product or not, by timing both: off, for one form a layer
-        how = {"options": {"shape_padding": False}}
+    # inductor may pad a product or not, by timing both: off, for one form a layer
+    how = how or {"options": {"shape_padding": False}}
     # fullgraph: where the graph broke, recomputation would fall out of it
     compiled = torch.compile(layer.whole, dynamic=dynamic, fullgraph=True, **how)
 
@@ -78,17 +69,17 @@ def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
 
 
 def recompute(model: nn.Module, on: bool = True) -> nn.Module:
-    """Gradient checkpointing of every layer, on or off."""
+    """Gradient checkpointing (Chen et al. 2016), on or off: layers keep their inputs only, and
+    compute the rest again in the backward pass."""
     for layer in layers_of(model):
         layer.recomputes = on
     return model
 
 
 def able_to_recompute(layer: nn.Module) -> None:
-    """Checkpointing inside the layer's forward, and so inside what is compiled: forward and
-    recomputation are traced as one graph. Outside it (transformers' own, up to 5.17), each would
-    be compiled by itself, at the mercy of guards and timings, and a recomputed value could have
-    another shape than the one it stands for."""
+    """Checkpointing inside what is compiled: forward and recomputation are one graph. Outside it
+    (transformers' own, up to 5.17) each would be compiled by itself, by its own guards and timings,
+    and a recomputed value could have another shape than the one it stands for."""
     plain, layer.recomputes = layer.forward, False
 
     def forward(hidden_states: Tensor, **more) -> Tensor:
@@ -100,8 +91,8 @@ def able_to_recompute(layer: nn.Module) -> None:
 
 
 def round_up(mlp: nn.Module) -> None:
-    """Let a vision block's MLP multiply with zeros appended: the same result, but 3,420 columns
-    are no multiple of 8, and kernels for such matrices take four times as long."""
+    """Let a vision block's MLP multiply with zeros appended: 3,420 columns are no multiple of 8, so
+    kernels would take four times as long."""
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
     short = -gate.out_features % 8
 
@@ -117,12 +108,8 @@ def round_up(mlp: nn.Module) -> None:
 
 
 def multiply_together(*linears: nn.Linear) -> None:
-    """Without gradients, the first of these neighbours in `flat` multiplies for all; the others
-    take their part.
-
-    A decoding step waits for small kernels as long as for large ones. With gradients all is as it
-    was.
-    """
+    """Without gradients, the first of these neighbours in `flat` multiplies for all, and the others
+    take their part: a decoding step waits for small kernels as long as for large ones."""
     sizes, parts = [x.out_features for x in linears], []
     first, columns = linears[0], linears[0].in_features
 
@@ -131,7 +118,7 @@ def multiply_together(*linears: nn.Linear) -> None:
             return F.linear(x, first.weight, first.bias)
         weight = first.weight.as_strided((sum(sizes), columns), (columns, 1))
         bias = None if first.bias is None else first.bias.as_strided((sum(sizes),), (1,))
-        parts[:] = thin.linear(x, weight, bias).split(sizes, -1)
+        parts[:] = thin_linear(x, weight, bias).split(sizes, -1)
         return parts.pop(0)
 
     def taking(own: nn.Linear):

@@ -1,8 +1,6 @@
 """The shared-prompt forward: one packed row [prompt | o_1 | .. | o_G], logits only where needed.
 
-A prompt is computed once for its whole group (engine/packing.py). Logits exist only where a
-completion token is predicted, in chunks that are recomputed in the backward pass. Prompts are
-prompt.Prompt, groups rollout.Group.
+Logits exist in chunks, and again in the backward pass. Types: prompt.Prompt, rollout.Group.
 """
 
 from collections.abc import Sequence
@@ -20,11 +18,8 @@ CHUNK = 1024            # tokens whose logits exist at once: 0.6 GiB at 152,064 
 
 
 def features_of(model: nn.Module, prompts: Sequence, computed: dict[int, Tensor]) -> Tensor | None:
-    """The features (sum V, width) of the prompts' video and image tokens, in order, with all that
-    families.vision_features puts into them; None without any.
-
-    computed: those of each clip, by its frames' id; questions about one clip share them.
-    """
+    """The features (sum V, width) of the prompts' video and image tokens, in order; None without
+    any. computed: those of each clip, by its frames' id; questions about one clip share them."""
     device, dtype = model.device, model.dtype
     clips = {id(p.frames): p for p in prompts
              if p.frames is not None and not p.zeroed and id(p.frames) not in computed}
@@ -46,25 +41,20 @@ def features_of(model: nn.Module, prompts: Sequence, computed: dict[int, Tensor]
 
 
 def packed_forward(model: nn.Module, prompts: Sequence, groups: Sequence,
-                   first_cache_row: int | None = None,
-                   computed: dict[int, Tensor] | None = None) -> Tensor:
+                   first_cache_row: int | None = None, computed: dict | None = None) -> Tensor:
     """Last hidden states (L, D) of one packed row: each prompt, then its completions, if any.
-
     first_cache_row: the prompts' keys and values go to the layers' cache, from this row of it on.
-    computed: see `features_of`.
-    """
+    computed: see `features_of`."""
     device = model.device
-    ids, positions, visual, lengths_of = [], [], [], []
-    for p, group in zip(prompts, groups):
-        lengths = group.lengths if group else []
+    ids, positions, visual = [], [], []
+    lengths_of = [group.lengths if group else [] for group in groups]
+    for p, group, lengths in zip(prompts, groups, lengths_of):
         ids.append(to_device(p.ids, device))
-        positions.append(p.positions)
         visual += [p.visual, torch.zeros(sum(lengths), dtype=torch.bool)]
-        lengths_of.append(lengths)
         if group:
             ids.append(group.ids.flatten()[group.flat_index])
-        for n in lengths:                                       # each completion follows the prompt
-            positions.append((p.next_position + torch.arange(n)).expand(3, -1))
+        after = [p.next_position + torch.arange(n) for n in lengths]    # each follows the prompt
+        positions += [p.positions, *(x.expand(3, -1) for x in after)]
     embeds = model.get_input_embeddings()(torch.cat(ids))                           # (L, D)
     row = pack([len(p.ids) for p in prompts], lengths_of, embeds)
     if first_cache_row is not None:
@@ -78,7 +68,8 @@ def packed_forward(model: nn.Module, prompts: Sequence, groups: Sequence,
     if features is not None:
         first, *later = features.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
         embeds = embeds.masked_scatter(where[:, None], first)
-        more = families.deepstack(where, later)
+        if later:                                               # DeepStack
+            more = {"visual_pos_masks": where[None], "deepstack_visual_embeds": later}
     return model.model.language_model(
         inputs_embeds=embeds[None].clone(),     # a view would have its first layer compiled apart
         position_ids=position_ids, layout=row, use_cache=False, **more).last_hidden_state[0]
@@ -124,11 +115,8 @@ def logits_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, grad: Tensor) -
 
 
 class TokenStats(torch.autograd.Function):
-    """logp (n,) and entropy (n,) of tokens ids (n,) under softmax(hidden W^T), keeping no logits.
-
-    entropy is -sum_w p_w log p_w (eq. 4), over all words at temperature 1. Only logp has a
-    gradient. Softmax and sums are fp32; products are in the weights' precision.
-    """
+    """`token_stats`, keeping no logits: entropy is -sum_w p_w log p_w (eq. 4), over all words at
+    temperature 1. Only logp has a gradient. Softmax and sums are fp32, products as the weights."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,9 +130,8 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None]:
         hidden, weight, ids = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:                             # not under --freeze language
-            grad_weight = torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)                  # --freeze language: no grad_weight
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         chunks = (x.split(CHUNK) for x in (hidden, ids, grad, grad_hidden))
         for h, i, g, out in zip(*chunks):
             d = logits_gradient(h, weight, i, g)

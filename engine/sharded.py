@@ -1,60 +1,54 @@
-"""AdamW with fp32 master weights and moments, sharded over the ranks (ZeRO stage 1, Rajbhandari et
-al. 2020).
+"""AdamW with fp32 master weights and moments, sharded over the ranks (ZeRO 1, Rajbhandari 2020).
 
-bf16 keeps 8 bits of a weight, so most updates of 2e-6 would round away; the optimizer therefore
-keeps every weight in fp32 and the model's copy is rounded from it. The model's weights live in one
-flat buffer, cut into equal shards: each rank updates its shard, and one all-gather brings every
-rank the rest. `offload` keeps the fp32 state (12 bytes a weight) in pinned host memory; parts of it
-visit the GPU for the step, the next part arriving while one is computed and the last one leaves
-(ZeRO-Offload, Ren et al. 2021, has the CPU compute).
+bf16 keeps 8 bits of a weight, so most updates of 2e-6 would round away: the optimizer keeps every
+weight in fp32, and the model's copy is rounded from it. The model's weights live in one flat
+buffer, cut into equal shards: each rank updates its own, and one all-gather brings it the rest.
+`offload` keeps the fp32 state (12 bytes a weight) in pinned host memory; parts of it visit the GPU
+for the step in turn (ZeRO-Offload, Ren et al. 2021, has the CPU compute).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from math import sqrt
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-AT_ONCE = 1 << 26  # weights of a part: 256 MiB in fp32, a power of two as pinned memory comes in
+AT_ONCE = 1 << 26       # weights of a part: 256 MiB in fp32; pinned memory comes in powers of two
 ALIGN = 64              # weights start at multiples of 128 bytes (bf16), as kernels like them
 MOST_RANKS = 4096
 
 
 def flatten(module: nn.Module, device: torch.device | str) -> None:
     """Move the parameters of `module` to `device`, into one buffer `module.flat`: matrices first,
-    then vectors.
-
-    One buffer can be cut into equal shards and gathered by one collective. Its order makes
-    neighbours of weights that multiply the same input (q, k, v; gate, up), so decoding can multiply
-    them at once.
-    """
+    then vectors. So weights that multiply the same input (q, k, v; gate, up) are neighbours, which
+    decoding multiplies at once."""
     params = sorted(module.parameters(), key=lambda p: p.ndim < 2)
     sizes = [-(-p.numel() // ALIGN) * ALIGN for p in params]
-    spare = MOST_RANKS * ALIGN  # so that the last shard is as long as the others
+    spare = MOST_RANKS * ALIGN                          # the last shard is as long as the others
     module.flat = torch.zeros(sum(sizes) + spare, dtype=params[0].dtype, device=device)
     with torch.no_grad():
         for p, part in zip(params, module.flat.split([*sizes, spare])):
-            view = part[:p.numel()].view_as(p)
-            view.copy_(p)
-            p.data = view
+            p.data = part[:p.numel()].view_as(p).copy_(p)
     module.to(device)                                   # what is left: the buffers
 
 
-@dataclass
 class Part:
-    """Up to AT_ONCE weights whose state is stepped together."""
-    state: list[Tensor]                 # master weights, first and second moments, each (n,) fp32
-    pieces: list[tuple[nn.Parameter, int, int, int]]    # parameter, from, to; where in the state
+    """Up to AT_ONCE weights whose state is stepped together; at first, without moments."""
+
+    def __init__(self, pieces: list[tuple], device: torch.device, pin: bool):
+        self.pieces = pieces                            # (parameter, from, to, place in the state)
+        size = sum(b - a for _, a, b, _ in pieces)
+        # master weights, first and second moments, each (n,) fp32
+        self.state = [torch.zeros(size, device=device, pin_memory=pin) for _ in range(3)]
+        with torch.no_grad():
+            for p, a, b, at in pieces:
+                self.state[0][at:at + b - a] = p.view(-1)[a:b]
 
 
 class ShardedAdamW:
-    """AdamW over the parameters of a flattened module that have gradients. Norms and biases are not
-    decayed.
-
-    With the gradients averaged over the ranks already (DDP), `step` makes the same update on every
-    rank.
-    """
+    """AdamW over the parameters of a flattened module that have gradients, averaged over the ranks
+    already (DDP). Norms and biases are not decayed."""
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -69,15 +63,13 @@ class ShardedAdamW:
         size = -(-total // (self.world * ALIGN)) * ALIGN
         self.flat = module.flat[:size * self.world]
         self.low, self.high = self.rank * size, (self.rank + 1) * size
-        mine = []  # (parameter, from, to) of this rank's weights
-        for p, start in zip(self.params, starts):
-            a, b = max(self.low - start, 0), min(self.high - start, p.numel())
-            if p.requires_grad and a < b:
-                mine.append((p, a, b))
+        spans = [(p, max(self.low - start, 0), min(self.high - start, p.numel()))
+                 for p, start in zip(self.params, starts)]
+        mine = [(p, a, b) for p, a, b in spans if p.requires_grad and a < b]
         device = self.flat.device
         visiting = offload and device.type == "cuda"
         home = torch.device("cpu") if offload else device
-        self.parts = [part_of(pieces, home, pin=visiting) for pieces in cut(mine)]
+        self.parts = [Part(pieces, home, pin=visiting) for pieces in cut(mine)]
         self.visit = Visits(device) if visiting else None
 
     def zero_grad(self) -> None:
@@ -88,8 +80,7 @@ class ShardedAdamW:
                 p.grad = None
 
     def grad_norm(self) -> float:
-        """L2 norm of the whole gradient, the same number on every rank; nan or inf if any part
-        of it is."""
+        """L2 norm of the whole gradient, the same on all ranks; nan or inf if any part of it is."""
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
         for part in self.parts:
             for p, a, b, _ in part.pieces:
@@ -102,29 +93,20 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
-        """One update with the gradients times `scale`; afterwards every rank holds the same
-        weights."""
+        """One update with the gradients times `scale`; every rank then has the same weights."""
         self.lr, self.steps = lr, self.steps + 1
-        if self.visit is not None:
-            self.visit.all(self.parts, lambda part, state: self.update(part, state, scale))
-        else:
-            for part in self.parts:
-                self.update(part, part.state, scale)
+        at_home = ((part, part.state) for part in self.parts)
+        for part, state in self.visit.all(self.parts) if self.visit else at_home:
+            for p, a, b, at in part.pieces:
+                if p.grad is not None:
+                    master, m, v = (x[at:at + b - a] for x in state)
+                    self.adamw(master, m, v, p.grad.view(-1)[a:b].float() * scale, p.ndim > 1)
+                    p.view(-1)[a:b] = master            # rounded
         if self.world > 1:
             dist.all_gather_into_tensor(self.flat, self.flat[self.low:self.high].clone())
 
-    def update(self, part: Part, state: list[Tensor], scale: float) -> None:
-        """Step one part, whose state is (perhaps a copy of) `state`, and round its master
-        weights into the model."""
-        for p, a, b, at in part.pieces:
-            if p.grad is not None:
-                master, m, v = (x[at:at + b - a] for x in state)
-                self.adamw(master, m, v, p.grad.view(-1)[a:b].float() * scale, p.ndim > 1)
-                p.view(-1)[a:b] = master
-
     def adamw(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, decayed: bool) -> None:
-        """Loshchilov and Hutter 2019, algorithm 2, in place; operations ordered as in
-        torch.optim.AdamW."""
+        """Loshchilov and Hutter 2019, algorithm 2, in place, in torch.optim.AdamW's order."""
         b1, b2 = self.betas
         if decayed:
             w.mul_(1 - self.lr * self.weight_decay)
@@ -142,8 +124,8 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take up a shard saved by the same rank of as many. The model's own weights come from
-        its checkpoint."""
+        """Take up a shard saved by the same rank of as many, else ValueError. The model's own
+        weights come from its checkpoint."""
         if (state["rank"], state["world"]) != (self.rank, self.world):
             raise ValueError(f"the optimizer state is that of rank {state['rank']} of "
                              f"{state['world']}, this is rank {self.rank} of {self.world}")
@@ -153,29 +135,18 @@ class ShardedAdamW:
         self.steps = state["steps"]
 
 
-def cut(mine: list[tuple[nn.Parameter, int, int]]) -> list[list[tuple[nn.Parameter, int, int]]]:
-    """The same weights in order, in lists of at most AT_ONCE."""
-    lists, room = [], 0
+def cut(mine: list[tuple[nn.Parameter, int, int]]) -> list[list[tuple]]:
+    """The same weights in order, as `pieces` of parts of at most AT_ONCE."""
+    lists, at = [], AT_ONCE
     for p, a, b in mine:
         while a < b:
-            if room == 0:
+            if at == AT_ONCE:
                 lists.append([])
-                room = AT_ONCE
-            take = min(room, b - a)
-            lists[-1].append((p, a, a + take))
-            a, room = a + take, room - take
+                at = 0
+            end = min(b, a + AT_ONCE - at)
+            lists[-1].append((p, a, end, at))
+            a, at = end, at + end - a
     return lists
-
-
-def part_of(pieces: list[tuple[nn.Parameter, int, int]], device: torch.device, pin: bool) -> Part:
-    """Fresh state of these weights: their fp32 copy, and no moments yet."""
-    sizes = [b - a for _, a, b in pieces]
-    places = [sum(sizes[:i]) for i in range(len(sizes))]
-    state = [torch.zeros(sum(sizes), device=device, pin_memory=pin) for _ in range(3)]
-    with torch.no_grad():
-        for (p, a, b), at in zip(pieces, places):
-            state[0][at:at + b - a] = p.view(-1)[a:b]
-    return Part(state, [(*piece, at) for piece, at in zip(pieces, places)])
 
 
 class Visits:
@@ -186,12 +157,10 @@ class Visits:
         self.buffers = [[torch.empty(AT_ONCE, device=device) for _ in range(3)] for _ in range(2)]
         self.coming, self.going = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def all(self, parts: list[Part], update) -> None:
-        """update(part, its state on the GPU) for every part, in order; what it leaves there goes
-        home."""
+    def all(self, parts: list[Part]) -> Iterator[tuple[Part, list[Tensor]]]:
+        """Every part and its state on the GPU; what the caller leaves there goes home."""
         here = torch.cuda.current_stream()
-        left = [torch.cuda.Event(), torch.cuda.Event()]
-        arrived = [torch.cuda.Event(), torch.cuda.Event()]
+        left, arrived = ([torch.cuda.Event(), torch.cuda.Event()] for _ in range(2))
 
         def fetch(k: int) -> None:
             with torch.cuda.stream(self.coming):
@@ -201,13 +170,13 @@ class Visits:
                 arrived[k % 2].record()
 
         self.coming.wait_stream(self.going)
-        for k in range(min(1, len(parts))):
-            fetch(k)
+        if parts:
+            fetch(0)
         for k, part in enumerate(parts):
             if k + 1 < len(parts):
                 fetch(k + 1)
             here.wait_event(arrived[k % 2])
-            update(part, self.buffers[k % 2])
+            yield part, self.buffers[k % 2]
             self.going.wait_stream(here)
             with torch.cuda.stream(self.going):
                 for buffer, home in zip(self.buffers[k % 2], part.state):

@@ -15,8 +15,8 @@ from engine.families import family_of, read_config
 
 
 def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' model of a checkpoint. OSError, in one line, where weights are missing or left
-    over: transformers would fill in random ones and go on."""
+    """transformers' model of a checkpoint. OSError where weights are missing or left over:
+    transformers would fill in random ones and go on."""
     model, info = family_of(read_config(name)).model.from_pretrained(
         name, dtype=dtype, output_loading_info=True)
     compare_weights(name, info["missing_keys"], info["unexpected_keys"])
@@ -24,8 +24,8 @@ def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check_weights(name: str) -> None:
-    """OSError, as there, for a checkpoint's folder before anything is loaded, by the names and
-    shapes in its files. Hub names pass."""
+    """The same for a folder, by the names and shapes in its files, before anything is loaded. Hub
+    names pass."""
     folder = Path(name)
     if not folder.is_dir():
         return
@@ -56,11 +56,8 @@ def check_weights(name: str) -> None:
 
 def new_name(key: str) -> str:
     """A weight's name in transformers 5, from that or the older one of published checkpoints."""
-    if key.startswith("visual."):
-        return f"model.{key}"
-    if re.match(r"model\.(?!language_model\.|visual\.)", key):
-        return key.replace("model.", "model.language_model.", 1)
-    return key
+    key = re.sub(r"^visual\.", "model.visual.", key)
+    return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", key)
 
 
 def compare_weights(name: str, missing: set[str], unexpected: set[str]) -> None:
@@ -73,27 +70,21 @@ def compare_weights(name: str, missing: set[str], unexpected: set[str]) -> None:
 
 
 def weight_count(name: str, frozen: Sequence[str] = ()) -> int:
-    """How many weights the model of this name has beside its frozen parts, from its configuration
-    alone."""
-    if name.startswith("random:"):
-        config = blank.config(name, blank.tokenizer())
-    else:
-        config = read_config(name)
+    """How many weights the model of this name has beside its frozen parts, by its config alone."""
+    random = name.startswith("random:")
+    config = blank.config(name, blank.tokenizer()) if random else read_config(name)
     with torch.device("meta"):
-        model = family_of(config).model(config)
-    trained = [weights for part, weights in parts_of(model).items() if part not in frozen]
-    return sum(p.numel() for weights in trained for p in weights)
+        parts = parts_of(family_of(config).model(config))
+    return sum(p.numel() for part in parts.keys() - set(frozen) for p in parts[part])
 
 
 def parts_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The weights of the vision tower, of the projector after it, and of the language model."""
-    tower = model.model.visual
-    projector = [p for name, p in tower.named_parameters() if "merger" in name]
-    taken = {id(p) for p in projector}
-    vision = [p for p in tower.parameters() if id(p) not in taken]
-    taken |= {id(p) for p in vision}
-    language = [p for p in model.parameters() if id(p) not in taken]
-    return {"vision": vision, "projector": projector, "language": language}
+    parts: dict[str, list[nn.Parameter]] = {"vision": [], "projector": [], "language": []}
+    for name, p in model.named_parameters():
+        inside = "projector" if "merger" in name else "vision"
+        parts[inside if name.startswith("model.visual.") else "language"].append(p)
+    return parts
 
 
 def freeze(model: nn.Module, frozen: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Work in processes that may die: items of a data set, in order, made ahead of their use.
 
 A decoder may abort its process on a damaged file, or never return. torch's DataLoader ends the run
-then; here the item is lost, its process is replaced, and the rest goes on. Items travel as pickled
-bytes through pipes: nothing lies in /dev/shm, and no item holds a file descriptor.
+then; here the item is lost, its process is replaced, and the rest goes on. Items travel as bytes
+through pipes: nothing lies in /dev/shm, and no item holds a file descriptor.
 """
 
 import atexit
@@ -71,12 +71,10 @@ def why_lost(index: int, code: int, limit: float) -> str:
 
 
 def loader(dataset, indices: Sequence[int], workers: int, limit: float = 120.0) -> Iterator:
-    """Items dataset[i] in the order of `indices`; each process is some AHEAD of what is used.
-
-    An item that ends its process, or takes more than `limit` seconds, is dataset.lost(i, reason).
-    workers: processes; 0 decodes in this one, unprotected. `dataset` must be picklable. No process
-    is left when the iterator ends, is closed or forgotten, or when the parent dies.
-    """
+    """Items dataset[i] in the order of `indices`; each process is some AHEAD of what is used. An
+    item that ends its process, or takes more than `limit` seconds, is dataset.lost(i, reason).
+    workers: processes; 0: in this one, unprotected. `dataset` must be picklable. No process is left
+    when the iterator ends, is closed or forgotten, or when the parent dies."""
     workers = min(workers, len(indices))
     if workers == 0:
         yield from map(dataset.__getitem__, indices)
@@ -86,14 +84,13 @@ def loader(dataset, indices: Sequence[int], workers: int, limit: float = 120.0) 
         for turn, index in enumerate(indices):
             process, ready = team[turn % workers]
             sent = ready.get()
-            if sent is not None:
-                item = pickle.loads(sent)
-            else:                                       # it ended before it had sent the item
+            if sent is None:                            # it ended before it had sent the item
                 process.join()
-                item = dataset.lost(index, why_lost(index, process.exitcode, limit))
-                rest = indices[turn + workers::workers]
-                team[turn % workers] = start(dataset, rest, limit)
-            yield item
+                reason = why_lost(index, process.exitcode, limit)
+                team[turn % workers] = start(dataset, indices[turn + workers::workers], limit)
+                yield dataset.lost(index, reason)
+            else:
+                yield pickle.loads(sent)
     finally:
         for process, ready in team:
             process.kill()

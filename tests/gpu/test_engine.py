@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from launch import random_prompt
 from torch import nn
 
-from engine import blank, sharded, thin
-from engine.attend import attend
+from engine import blank, sharded
 from engine.decoding import choose
+from engine.kernels import attend, thin_linear
 from engine.packing import Step
 from engine.prepare import prepare, recompute
 from engine.sharded import ShardedAdamW, flatten
@@ -109,7 +109,7 @@ def test_thin_products(rows, N, K, biased):
     )
     bias = torch.randn(N, device=GPU, dtype=torch.bfloat16) if biased else None
     with torch.no_grad():
-        got, again = thin.linear(x, weight, bias), thin.linear(x, weight, bias)
+        got, again = thin_linear(x, weight, bias), thin_linear(x, weight, bias)
     want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert got.dtype == torch.bfloat16 and torch.equal(got, again)
     assert (got - want).norm() / want.norm() < 3e-3
