@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from engine import blank, weights
+from engine import weights
 from engine.decoding import decoder_for
 from engine.prepare import prepare
 from engine.scoring import TokenStats, hidden_states, packed_forward, unflatten
+from lab import blank
 from prompt import Processor, Prompt, Vision
 from rollout import Group
 

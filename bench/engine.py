@@ -24,7 +24,7 @@ import torch
 
 from bench.common import (
     DATASHEET, DEVICE, ROOT, free, new_prompt, new_results, note, peak, seconds, usual_generate)
-from engine import blank
+from lab import blank
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from ktr import add_rewards, learn, loss_divisor

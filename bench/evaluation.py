@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from bench.common import (
     DEVICE, ROOT, free, new_prompt, new_results, note, peak, seconds, usual_inputs)
-from engine import blank
+from lab import blank
 from policy import load, sample
 
 FRAMES, T, CLIPS = 32, 256, 11

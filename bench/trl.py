@@ -26,7 +26,7 @@ from trl import __version__ as trl_version
 
 from bench.common import DEVICE, ROOT, new_results, note, peak
 from bench.engine import G, T, drawn_lengths
-from engine import blank
+from lab import blank
 
 
 class EndAt(LogitsProcessor):

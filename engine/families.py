@@ -71,24 +71,6 @@ def end_tokens(tokenizer, config: PreTrainedConfig, generation: dict) -> list[in
     return sorted(ends)
 
 
-def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[int],
-               theta: float, tied: bool = False) -> PreTrainedConfig:
-    """A config of this model_type, with the tokenizer's special tokens. sections, theta: of M-RoPE.
-    tied: the head is the embedding."""
-    family, token = FAMILIES[kind], tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
-    if family.interleaved:
-        rope["mrope_interleaved"] = True
-    ends = {"bos_token_id": None, "eos_token_id": token("<|im_end|>"),
-            "pad_token_id": token("<|endoftext|>")}
-    return family.model.config_class(
-        text_config={**text, "rms_norm_eps": 1e-6, "rope_parameters": rope, **ends},
-        vision_config=vision, tie_word_embeddings=tied,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"))
-
-
 def stamp(text: str, n: int, temporal: int, seconds: float | list[float]) -> str:
     """A prompt with a vision block for each temporal patch of its n frames, after the time of the
     patch's middle. seconds: each frame's after the first, or from one to the next. As transformers

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import blank
 from engine.families import family_of, read_config
+from lab import blank
 
 
 def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:

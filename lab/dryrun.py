@@ -1,6 +1,6 @@
 """What a step of the recipe costs on your machine: synthetic clips, and a finished run's table.
 
-`--model random:7b` (engine/blank.py) needs no download, the clips need no data. Random weights
+`--model random:7b` (lab/blank.py) needs no download, the clips need no data. Random weights
 change neither seconds nor memory: completions run to the limit, which is the most a step can cost.
 They earn no rewards, and their text means nothing.
 

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from engine import families
+from lab import blank
 from prompt import QUESTION_EVAL, QUESTION_TRAIN, TYPE, Processor, Prompt, fit
 
 SIDE, FRAMES, FPS = 56, 8, 2
@@ -290,7 +290,7 @@ def new_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5") -> P
     text = dict(vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=128, intermediate_size=384,
                 num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                 max_position_embeddings=4096, **text)
-    return families.new_config(kind, tokenizer, text, dict(depth=2, num_heads=2, **vision),
+    return blank.new_config(kind, tokenizer, text, dict(depth=2, num_heads=2, **vision),
                                sections, theta=10000.0, tied=family == "qwen3")
 
 

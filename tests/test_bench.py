@@ -6,7 +6,7 @@ import json
 import torch
 
 from bench import common, engine
-from engine import blank
+from lab import blank
 from lab import toy
 from policy import load
 

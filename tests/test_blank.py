@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import blank
+from lab import blank
 from engine.families import family_of
 from lab import toy
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 FOLDERS = ("engine", "run", "lab")
 WIDEST = 100
 ORDER = [                   # each line may import those above it, and its own
-    {"engine", "grpo", "rewards", "options", "rollout"},
+    {"engine", "lab.blank", "grpo", "rewards", "options", "rollout"},
     {"prompt"},
     {"records"},
     {"data"},

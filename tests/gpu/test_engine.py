@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from launch import random_prompt
 from torch import nn
 
-from engine import blank, sharded
+from engine import sharded
 from engine.decoding import choose
 from engine.kernels import attend, thin_linear
 from engine.packing import Step
 from engine.prepare import prepare, recompute
 from engine.sharded import ShardedAdamW, flatten
+from lab import blank
 from policy import load_processor, sample, score, score_groups
 from rollout import Group
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import masked, plain_inputs
 
-from engine import blank
+from lab import blank
 from engine.decoding import vision_tokens
 from engine.prepare import prepare, recompute
 from policy import load_processor, plain_score, sample, score, score_groups

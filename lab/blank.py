@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from engine.families import family_of, new_config
+from engine.families import FAMILIES, family_of
 
 # what `new_config` takes, after the config.json of the Instruct models
 SIZES = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -20,6 +20,24 @@ SIZES = json.loads(Path(__file__).with_suffix(".json").read_text())
 def tokenizer():
     """The one of cold_start/."""
     return AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "cold_start")
+
+
+def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[int],
+               theta: float, tied: bool = False) -> PreTrainedConfig:
+    """A config of this model_type, with the tokenizer's special tokens. sections, theta: of M-RoPE.
+    tied: the head is the embedding."""
+    family, token = FAMILIES[kind], tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
+    if family.interleaved:
+        rope["mrope_interleaved"] = True
+    ends = {"bos_token_id": None, "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>")}
+    return family.model.config_class(
+        text_config={**text, "rms_norm_eps": 1e-6, "rope_parameters": rope, **ends},
+        vision_config=vision, tie_word_embeddings=tied,
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"))
 
 
 def config(name: str, tokenizer) -> PreTrainedConfig:
