@@ -130,8 +130,8 @@ class Prompts:
 
     def lost(self, index: int, reason: str) -> Skipped:
         """What stands for a record whose decoding process died or hung."""
-        record = self.records[index]
-        return Skipped(record, f"{name_of(record)}: {one_line(record['path'])}: {reason}", True)
+        r = self.records[index]
+        return Skipped(r, f"{name_of(r)}: {one_line(r['path'])}: {reason}", True)
 
 
 def main() -> int:
@@ -146,10 +146,9 @@ def main() -> int:
     bad = [{"path": None, "reason": reason} for reason in malformed]
     found = loader(Prompts(records, a.videos, None), range(len(records)), a.workers)
     for skipped, record in zip(tqdm(found, total=len(records), unit="clip"), records):
-        reason = useless(record)
         if skipped:                                     # as are all others of this path
             bad.append({"path": record["path"], "reason": skipped.reason})
-        elif reason:
+        elif reason := useless(record):
             bad.append({"path": record["path"], "row": record["row"], "reason": reason})
     out = Path(a.data).with_suffix(".bad.json")
     try:

@@ -72,12 +72,12 @@ def answers(records: list[dict], a: argparse.Namespace, device: torch.device, ra
         prompts = [question for question in batch if isinstance(question, Prompt)]
         rows = [{**question.record, "unreadable": question.reason}
                 for question in batch if isinstance(question, Skipped)]
-        seeds = [prompt.record["row"] for prompt in prompts]
-        groups = prompts and sample(model, prompts, 1, a.max_new_tokens, seeds=seeds,
-                                    temperature=a.temperature, top_p=a.top_p)
+        groups = prompts and sample(model, prompts, 1, a.max_new_tokens, top_p=a.top_p,
+                                    temperature=a.temperature,
+                                    seeds=[prompt.record["row"] for prompt in prompts])
         for prompt, group in zip(prompts, groups):
-            ids = group.ids[0, :group.lengths[0]]
-            output = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            output = processor.tokenizer.decode(group.ids[0, :group.lengths[0]],
+                                                skip_special_tokens=True)
             rows.append({**prompt.record, "output": output})
         yield rows
 

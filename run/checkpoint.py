@@ -22,7 +22,6 @@ from run.distributed import all_reduce_sum
 
 CARD = """---
 base_model: {model}
-library_name: transformers
 pipeline_tag: video-text-to-text
 ---
 # {model} after {step} steps of GRPO on key tokens (Video-KTR, arXiv 2601.19686)

@@ -64,10 +64,10 @@ class Stream:
         self.ahead, self.steps = plan(o, len(records), left_out, self.all_ranks_prompts, self.first,
                                       state["place"])
         self.lost = lost_records(Path(o.out)) if self.first else {}     # before this start
-        data = Prompts(records, o.videos, processor, limits_of(o))
-        data.avoided = self.lost
+        self.data = Prompts(records, o.videos, processor, limits_of(o))
+        self.data.avoided = self.lost
         own = [index for step in range(self.first, self.steps) for _, index in self.own(step)]
-        self.items = loader(data, own, o.workers)
+        self.items = loader(self.data, own, o.workers)
 
     def own(self, step: int) -> list[tuple[int, int]]:
         """(place, record's index) of this rank's prompts in a step."""
@@ -94,12 +94,10 @@ class Stream:
                 self.log.skip(item, step + 1)
         return usable
 
-    def watched(self, left_out: set[int], processor: Processor) -> tuple[Prompt, int] | None:
+    def watched(self, left_out: set[int]) -> tuple[Prompt, int] | None:
         """(prompt, seed) of the run's first record, for a look at one question through the whole
         run; the same when a run goes on. None if that record cannot be used."""
         n = len(self.records)
         _, first = next(record_order(self.o.seed, n, n, left_out, 0))
-        data = Prompts(self.records, self.o.videos, processor, limits_of(self.o))
-        data.avoided = self.lost
-        (item,) = loader(data, [first], min(1, self.o.workers))
+        (item,) = loader(self.data, [first], min(1, self.o.workers))
         return None if isinstance(item, Skipped) else (item, seed_of(self.o, -1))

@@ -107,7 +107,7 @@ class Training:
                   f"rate follows another cosine")
         self.state["steps"] = steps
         # (prompt, seed) of a question that is asked again through the whole run
-        self.watched = self.stream.watched(left_out, self.processor) if rank == 0 else None
+        self.watched = self.stream.watched(left_out) if rank == 0 else None
 
     @contextmanager
     def naming(self, step: int):
