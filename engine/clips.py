@@ -19,12 +19,16 @@ from typing import NamedTuple
 import av           # before decord, whose older libvpx and libx264 would answer PyAV's calls
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 DECORD = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")   # H.264 in these
 STORE_TIMES = (*DECORD, "flv", "mpegts", "mpeg")        # others: times of decoding, or none
 ANIMATED = ("AVIF", "FLI", "GIF", "PNG", "WEBP")        # a TIFF of many pages is no clip
 HEIF = (b"heic", b"heix", b"mif1")                      # Pillow reads none, FFmpeg a part of it
-TURNS = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)        # EXIF's orientations, as `turned` has them
+UPRIGHT = {                     # by EXIF's orientation (exif_transpose fails on untidy EXIF)
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90}
 DAMAGED = (MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError,
            Image.DecompressionBombError)                # what Pillow raises, by its fuzzer and ours
 
@@ -52,7 +56,8 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()                                # here a TIFF turns itself
-            kind, orientation = image.format, image.getexif().get(274)
+            kind, way = image.format, UPRIGHT.get(image.getexif().get(274))
+            image = image if way is None else image.transpose(way)
             if image.mode == "F" or image.mode == "I" and kind not in ("PNG", "PPM"):
                 raise ValueError(f"{kind} of 32 bits a pixel does not say how bright white is")
             if image.mode.startswith("I"):              # convert("RGB") would clip it to white
@@ -60,16 +65,9 @@ def read_image(path: Path) -> np.ndarray:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            turn = [orientation in turning for turning in TURNS]
-            return turned(np.array(image.convert("RGB")), *turn)
+            return np.array(image.convert("RGB"))[None]
     except DAMAGED as error:
         raise ValueError(str(error) or type(error).__name__) from None
-
-
-def turned(array: np.ndarray, across: bool, rows: bool, columns: bool) -> np.ndarray:
-    """A picture as (1, H, W, 3): rows become columns if `across`, then rows flip, columns flip."""
-    array = array.swapaxes(0, 1) if across else array
-    return np.ascontiguousarray(array[None, ::-1 if rows else 1, ::-1 if columns else 1])
 
 
 # ----------------------------------------------------------------------------------------- packets
@@ -184,8 +182,8 @@ def has_idr(packet, stream) -> bool:
 
 
 def turn_of(frame) -> tuple[bool, bool, bool]:
-    """What makes a frame upright, as `turned` takes it. A display matrix moves a pixel from (x, y)
-    to (a x + c y, b x + d y)."""
+    """What makes a frame upright: (rows become columns, then rows flip, columns flip). A display
+    matrix moves a pixel from (x, y) to (a x + c y, b x + d y)."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -200,7 +198,9 @@ def pixels(frame, clip: Clip) -> np.ndarray:
     """(1, H, W, 3) uint8, upright, of the first frame's size."""
     array = frame.to_ndarray(format="rgb24", width=clip.first.width, height=clip.first.height,
                              threads=1)
-    return turned(array, *turn_of(frame))
+    across, rows, columns = turn_of(frame)
+    array = array.swapaxes(0, 1) if across else array
+    return array[None, ::-1 if rows else 1, ::-1 if columns else 1]
 
 
 def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
