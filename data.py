@@ -51,9 +51,8 @@ def read_video(path: Path, max_frames=16, sample_fps=2.0, stamped: bool = False,
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a clip is looked at ("released": as qwen-vl-utils has it), the seconds between
-    temporal patches ("one": 1.0 for every clip; "true": its own), and where text goes on after it
-    (prompt.rope_positions). See docs/tokens.md."""
+    """How much of a clip is looked at, the seconds between temporal patches, and where text goes on
+    after it: options.py and docs/tokens.md explain each."""
     max_frames: int = 16
     sample_fps: float = 2.0
     max_pixels: int = 128 * 28 * 28
@@ -104,8 +103,8 @@ def load_media(record: dict, root: str | Path, limits: Limits,
 
 
 class Prompts:
-    """Map-style data set: index -> Prompt, or Skipped if the record cannot be used. Without a
-    processor the media are only decoded: index -> None, or Skipped."""
+    """index -> Prompt, or Skipped if the record cannot be used. Without a processor the media are
+    only decoded: index -> None, or Skipped."""
 
     def __init__(self, records: list, root: str | Path, processor: Processor | None,
                  limits: Limits = Limits()):

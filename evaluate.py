@@ -35,7 +35,6 @@ from prompt import BadRecord, Prompt, name_of
 from run.distributed import distributed, run_program
 
 
-# --------------------------------------------------------------------------------------- answering
 class Clips(Prompts):
     """index -> [Prompt or Skipped]: all records of one clip (self.records[index]), decoded once."""
 
@@ -69,9 +68,8 @@ def answers(records: list[dict], a: argparse.Namespace, device: torch.device, ra
     bar = tqdm(made, total=len(mine), unit="clip", disable=rank > 0)
     questions = (question for clip in bar for question in clip)
     while batch := list(islice(questions, a.batch)):
-        prompts = [question for question in batch if isinstance(question, Prompt)]
-        rows = [{**question.record, "unreadable": question.reason}
-                for question in batch if isinstance(question, Skipped)]
+        prompts = [q for q in batch if isinstance(q, Prompt)]
+        rows = [{**q.record, "unreadable": q.reason} for q in batch if isinstance(q, Skipped)]
         groups = prompts and sample(model, prompts, 1, a.max_new_tokens, top_p=a.top_p,
                                     temperature=a.temperature,
                                     seeds=[prompt.record["row"] for prompt in prompts])
@@ -120,7 +118,6 @@ def run(a: argparse.Namespace) -> dict | None:
         return table
 
 
-# ------------------------------------------------------------------------------------- the command
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

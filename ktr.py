@@ -26,7 +26,7 @@ from tqdm import tqdm
 from attribution import attribute, check_output
 from grpo import ADVANTAGES, PENALTIES, group_advantages, grpo_loss
 from options import Options
-from policy import batches, evaluating, predicting_states, sample, score_groups
+from policy import batches, predicting_states, sample, score_groups
 from prompt import Processor, Prompt
 from rewards import EXTRA_REWARDS, accuracy_reward, format_reward, length_bonus
 from rollout import Group, Rollout
@@ -112,16 +112,16 @@ def annotate(o: Options, rollouts: list[Rollout], model: nn.Module, reference: n
         r.advantages = group_advantages(r.rewards).to(r.logp.device)
 
 
+@torch.no_grad()
 def find_key_tokens(o: Options, rollouts: list[Rollout], model: nn.Module) -> None:
     """`attribute`, with passes of this model."""
     def score(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Tensor]:
         return [logp for logp, _ in score_groups(model, prompts, groups)]
 
-    with evaluating(model):
-        for r in rollouts:
-            r.model, r.batch = model, rollouts
-            r.states = lambda prompt=r.prompt, r=r: predicting_states(model, prompt, r.group)
-        attribute(rollouts, o, score)
+    for r in rollouts:
+        r.model, r.batch = model, rollouts
+        r.states = lambda prompt=r.prompt, r=r: predicting_states(model, prompt, r.group)
+    attribute(rollouts, o, score)
 
 
 # -------------------------------------------------------------------------------------------- learn
@@ -182,7 +182,7 @@ def learning_rate(o: Options, step: int, steps: int) -> float:
 def watched_rollout(o: Options, t: Training) -> Rollout:
     """The question that is asked again through the whole run. Nothing is learnt from it."""
     (r,) = sample_rollouts(o, t.model, t.processor, [t.watched])
-    with evaluating(t.model):
+    with torch.no_grad():
         ((r.logp, r.entropy),) = score_groups(t.model, [r.prompt], [r.group])
     annotate(o, [r], t.model, t.reference, Clock(t.device))
     return r
@@ -198,8 +198,8 @@ def main(o: Options) -> None:
     for step in tqdm(range(t.stream.first, t.stream.steps), initial=t.stream.first,
                      total=t.stream.steps, unit="step", disable=t.rank > 0, dynamic_ncols=True):
         clock, lr = Clock(t.device), learning_rate(o, step, t.stream.steps)
-        with t.naming(step):
-            prompts = t.stream.take(step)
+        with t.name_errors(step):
+            prompts = t.stream.prompts_of_step(step)
             clock("data")
             rollouts = sample_rollouts(o, t.model, t.processor, prompts)            # sample
             for r in rollouts:

@@ -1,7 +1,6 @@
 """The options of a run: the method's, then other papers', then how it is run.
 
-Every choice has its default and the values it may have. PRESETS sets all choices in which the
-paper's text and the released code differ (README, docs/choices.md).
+PRESETS sets all choices in which the paper's text and the released code differ (docs/choices.md).
 """
 
 import math
@@ -54,10 +53,8 @@ class Options:
     videos: str = option("", "folder that the records' paths start from (default: the data's)")
     out: str = option("runs/ktr", "folder for checkpoints, log.jsonl and samples.jsonl")
     leave_out: str = option("", "list of records to pass over, as `python data.py check` writes it")
-    preset: str = one_of("paper", "released", help="sets all options in which paper "
-                         "and released code differ")
-    rule: list[str] = option([], "Python files that register rules; their OPTIONS count as if "
-                               "typed before yours")
+    preset: str = one_of("paper", "released", help="sets all options in which the two differ")
+    rule: list[str] = option([], "Python files that register rules; your options beat theirs")
     # ---- the method: which tokens carry the gradient
     signals: list[str] = option(["visual", "temporal", "entropy"], "names of signals, separated by "
                                 "spaces: visual, temporal, entropy, random, all, or a rule's")
@@ -66,15 +63,13 @@ class Options:
                         "how far its log-probability moves, how far it falls, or the KL by k3")
     positions: str = one_of("unchanged", "moved", help="positions of the text when the video is "
                             "masked: unchanged, or moved up to close the gap")
-    pool: str = one_of("group", "response", help="tokens that compete for the top share: those "
-                       "of the whole group, or of one response")
+    pool: str = one_of("group", "response", help="whose tokens compete for the top share")
     ties: str = one_of("exact", "threshold", help="of n tokens, keep ceil(ratio n), or all "
                        "that reach the (1 - ratio) quantile")
     # ---- the method: rewards
     format_pattern: str = one_of("strict", "released", help="pattern of the format reward; the "
                                  "released one lets further blocks pass")
-    length_of: str = one_of("response", "selected", help="what the length bonus counts: all tokens "
-                            "of a response, or its selected ones")
+    length_of: str = one_of("response", "selected", help="tokens that the length bonus counts")
     length_low: int = number(320, "shortest completion that earns the length bonus, in tokens")
     length_high: int = number(512, "longest completion that earns the length bonus, in tokens")
     length_bonus: float = number(0.2, "reward for a right answer of such a length")
@@ -92,8 +87,7 @@ class Options:
     kl_on: str = one_of("selected", "all", help="tokens that bear the KL: the key tokens, or all")
     # ---- other papers'
     clip_high: float = number(0.0, "how far above 1 the ratio counts (DAPO: 0.28); 0: as --clip")
-    updates: int = number(1, "optimizer steps for each rollout; the clip can bind from the "
-                          "second on", above=0)
+    updates: int = number(1, "optimizer steps for each rollout; the first is unclipped", above=0)
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
     filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if all "
                          "its completions have the same accuracy, or the same reward (DAPO)")

@@ -10,7 +10,6 @@ A prompt is computed once for its whole group, in scoring (engine/scoring.py) an
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -58,18 +57,6 @@ def load_processor(name: str) -> Processor:
     tokenizer, v = blank.tokenizer(), Vision()
     constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
     return Processor(tokenizer, blank.config(name, tokenizer), constants)
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """Without gradients and without gradient checkpointing (whose layers would drop the cache)."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 # -------------------------------------------------------------------------------------------- score
@@ -126,7 +113,7 @@ def score_groups(model: nn.Module, prompts: Sequence[Prompt],
 
 def predicting_states(model: nn.Module, prompt: Prompt, group: Group) -> tuple[Tensor, Tensor]:
     """The states (G, T, D) that predict a group's tokens, and the head (V, D). No gradient."""
-    with evaluating(model):
+    with torch.no_grad():
         (states,) = unflatten(hidden_states(model, [prompt], [group]), [group])
     return states, model.lm_head.weight.detach()
 
@@ -147,7 +134,7 @@ def sample(model: nn.Module, prompts: Sequence[Prompt], G: int, max_new_tokens: 
     if ends is None:
         ends = model.generation_config.eos_token_id
     lengths = [len(p.ids) for p in prompts]
-    with evaluating(model):
+    with torch.no_grad():
         d = decoder_for(model, len(prompts), G, max(lengths), max_new_tokens, temperature, top_p,
                         top_k)
         d.attach()

@@ -135,8 +135,7 @@ def patches(frames: Tensor, v: Vision) -> Tensor:
     x = (frames.float() - mean) / std
     short = -len(x) % v.temporal
     x = torch.cat([x, x[-1:].expand(short, -1, -1, -1)])
-    n, c, height, width = x.shape
-    t, h, w = n // v.temporal, height // v.patch, width // v.patch
+    (t, h, w), c = grid_of(frames, v), x.shape[1]
     x = x.view(t, v.temporal, c, h // v.merge, v.merge, v.patch, w // v.merge, v.merge, v.patch)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)            # t, h', w', merge, merge, c, temporal, ..
     return x.reshape(t * h * w, -1)
@@ -221,22 +220,20 @@ class Processor:
     def from_pretrained(cls, name: str) -> "Processor":
         """From a checkpoint's folder or hub name. OSError if a file of it is missing, ValueError
         if it is of another family."""
-        def read(file: str) -> dict:
-            return json.loads(Path(cached_file(name, file)).read_text())
-
-        def read_if_there(file: str) -> dict:
+        def read(file: str, default: dict | None = None) -> dict:
             try:
-                return read(file)
+                return json.loads(Path(cached_file(name, file)).read_text())
             except OSError:
-                return {}
+                if default is None:
+                    raise
+                return default
 
-        config = read_config(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config, tokenizer = read_config(name), AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = read("chat_template.json")["chat_template"]
-        of_images = read_if_there("processor_config.json").get("image_processor")   # transformers 5
+        of_images = read("processor_config.json", {}).get("image_processor")    # transformers 5
         return cls(tokenizer, config, of_images or read("preprocessor_config.json"),
-                   read_if_there("generation_config.json"))
+                   read("generation_config.json", {}))
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)

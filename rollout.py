@@ -33,11 +33,8 @@ class Group:
 
 @dataclass
 class Rollout:
-    """One prompt, its group, and what a step computes for them, filled in from top to bottom.
-
-    (G, T) fields hold 0 or False at padding. Rewards are on the CPU, the rest is on the policy's
-    device.
-    """
+    """One prompt, its group, and what a step computes for them, filled in from the top. (G, T)
+    fields hold 0 or False at padding. Rewards are on the CPU, the rest on the policy's device."""
     prompt: "Prompt"
     group: Group
     seed: int                               # of sampling: even; seed + 1 is the signals'

@@ -28,7 +28,7 @@ from lab import blank
 from engine.prepare import recompute
 from engine.sharded import ShardedAdamW
 from ktr import add_rewards, learn, loss_divisor
-from policy import evaluating, load, plain_score, sample, score_groups
+from policy import load, plain_score, sample, score_groups
 from rollout import Group, Rollout
 from run.arguments import parse
 from run.logs import Clock
@@ -158,7 +158,7 @@ class Bench:
         prompts = self.prompts(N)
         first = seconds(lambda: sample(self.model, prompts, G, T, ends=()))
         d = self.model.__dict__["_decoders"][G, 1.0, 0.95, 0]
-        with evaluating(self.model):
+        with torch.no_grad():
             d.start(
                 [len(p.ids) for p in prompts], [p.next_position for p in prompts], range(N), T, ()
             )
@@ -200,7 +200,7 @@ class Bench:
         """How far sampling and scoring in bf16 are apart."""
         prompts = self.prompts(1)
         (group,) = sample(self.model, prompts, G, T, ends=())
-        with evaluating(self.model):
+        with torch.no_grad():
             gap = (score_groups(self.model, prompts, [group])[0][0] - group.logp).abs()
         self.note(sampling_gap_bf16={"mean": gap.mean().item(), "max": gap.max().item()})
 

@@ -33,7 +33,7 @@ DAMAGED = (MemoryError, OSError, OverflowError, RuntimeError, SyntaxError, Value
            Image.DecompressionBombError)                # what Pillow raises, by its fuzzer and ours
 
 
-class Unlike(ValueError):
+class FramesDiffer(ValueError):
     """What a reader decodes is not what was expected of it."""
 
 
@@ -90,7 +90,7 @@ class Clip:
     packets: list[Packet]               # in decoding order
     first: av.VideoFrame                # that the decoder returns
 
-    def promised(self) -> list[int]:
+    def expected_times(self) -> list[int]:
         """The times of the frames shown, as the packets tell; empty where that is not sure."""
         if self.container not in STORE_TIMES and (self.container, self.codec) != ("avi", "mpeg4"):
             return []                                   # (of MPEG-4, FFmpeg finds out the order)
@@ -107,9 +107,10 @@ class Clip:
         packets, first = self.packets, self.first.pts
         if self.container not in DECORD or len(times) != len(packets) or not packets[0].key:
             return False
+        if first < 0 or any(orientation_of(self.first)) or any(p.key > p.idr for p in packets):
+            return False
         begun = accumulate((p.time if p.key else first for p in packets), max)
-        return (first >= 0 and not any(turn_of(self.first)) and all(p.idr for p in packets if p.key)
-                and all(packet.time >= key for packet, key in zip(packets, begun)))
+        return all(packet.time >= key for packet, key in zip(packets, begun))
 
     def timing(self, times: list[int | None]) -> tuple[list[float], Fraction]:
         """(each frame's seconds after the first, the duration) of frames shown at these times."""
@@ -181,7 +182,7 @@ def has_idr(packet, stream) -> bool:
     return at + size < len(data)
 
 
-def turn_of(frame) -> tuple[bool, bool, bool]:
+def orientation_of(frame) -> tuple[bool, bool, bool]:
     """What makes a frame upright: (rows become columns, then rows flip, columns flip). A display
     matrix moves a pixel from (x, y) to (a x + c y, b x + d y)."""
     try:
@@ -198,7 +199,7 @@ def pixels(frame, clip: Clip) -> np.ndarray:
     """(1, H, W, 3) uint8, upright, of the first frame's size."""
     array = frame.to_ndarray(format="rgb24", width=clip.first.width, height=clip.first.height,
                              threads=1)
-    across, rows, columns = turn_of(frame)
+    across, rows, columns = orientation_of(frame)
     array = array.swapaxes(0, 1) if across else array
     return array[None, ::-1 if rows else 1, ::-1 if columns else 1]
 
@@ -211,16 +212,16 @@ def by_decord(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.n
     try:
         reader = decord.VideoReader(str(clip.path), num_threads=1)
         if len(reader) != len(times) or reader.get_key_indices() != keys:
-            raise Unlike
+            raise FramesDiffer
         for index in indices:
             yield reader[index].asnumpy()[None]
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration) as error:
-        raise Unlike(error) from None
+        raise FramesDiffer(error) from None
 
 
 def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.ndarray]:
     """Reads all packets, so needs no seek, but decodes only from the key frame before each frame
-    wanted. Unlike if a frame on the way is not the next of `times`."""
+    wanted. FramesDiffer if a frame on the way is not the next of `times`."""
     keys = sorted((p.time, i) for i, p in enumerate(clip.packets) if p.key and not p.damaged)
     fed = place = -1
 
@@ -235,7 +236,7 @@ def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.n
         for index in indices:
             group = bisect_right(keys, (times[index], len(clip.packets))) - 1
             if group < 0:
-                raise Unlike
+                raise FramesDiffer
             if keys[group][1] > fed:                    # a group that is not begun yet
                 begins, start = keys[group]
                 stream.codec_context.flush_buffers()
@@ -244,11 +245,11 @@ def by_groups(clip: Clip, times: list[int], indices: list[int]) -> Iterator[np.n
                 frame = next(frames, None)
                 if (frame is None or frame.pts != times[place]
                         or frame.pts == begins and not frame.key_frame):
-                    raise Unlike
+                    raise FramesDiffer
                 place += 1
             yield pixels(frame, clip)
         if place == len(times) and next(frames, None):
-            raise Unlike                                # more than the packets promised
+            raise FramesDiffer                                # more than the packets promised
 
 
 def by_counting(clip: Clip, times: list, indices: list[int]) -> Iterator[np.ndarray]:
@@ -256,9 +257,9 @@ def by_counting(clip: Clip, times: list, indices: list[int]) -> Iterator[np.ndar
     yield from (pixels(frame, clip) for i, frame in enumerate(in_order(clip.path)) if i in wanted)
 
 
-def plans(clip: Clip) -> Iterator[tuple]:
+def ways_to_read(clip: Clip) -> Iterator[tuple]:
     """(times of the frames shown, how to read some of them), from the quickest to the surest."""
-    times = clip.promised()
+    times = clip.expected_times()
     if clip.suits_decord(times):
         yield times, by_decord
     if times:
@@ -274,10 +275,10 @@ def read_clip(path: Path, choose: Callable, keep: Callable) -> tuple[list, list[
     try:
         clip = read_packets(path)
         codec = clip.codec
-        for times, way in plans(clip):
+        for times, way in ways_to_read(clip):
             seconds, duration = clip.timing(times)
             indices = choose(len(times), len(times) / duration)
-            with suppress(Unlike):
+            with suppress(FramesDiffer):
                 frames = [keep(some, len(indices)) for some in way(clip, times, indices)]
                 return frames, [seconds[index] for index in indices], float(duration)
     except (av.FFmpegError, MemoryError) as error:

@@ -5,8 +5,6 @@
     Qwen3-VL    seconds are words: every temporal patch is a vision block of its own after its time;
                 and vision features also join the outputs of the first layers (DeepStack,
                 arXiv 2406.04334)
-
-What is not here is read from the checkpoint's own files, or is the same for all.
 """
 
 import re
@@ -25,13 +23,12 @@ class Family:
     name: str
     model: type[PreTrainedModel]
     timestamps: bool = False                            # seconds are words of the prompt
-    interleaved: bool = False                           # the axes of M-RoPE take turns
 
 
 FAMILIES = {                                            # by their config's model_type
     "qwen2_vl": Family("Qwen2-VL", Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": Family("Qwen2.5-VL", Qwen2_5_VLForConditionalGeneration),
-    "qwen3_vl": Family("Qwen3-VL", Qwen3VLForConditionalGeneration, True, True),
+    "qwen3_vl": Family("Qwen3-VL", Qwen3VLForConditionalGeneration, True),
 }
 
 

@@ -27,7 +27,7 @@ def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
         if hasattr(block.mlp, "gate_proj"):             # Qwen2.5-VL's; others are fine as is
             round_up(block.mlp)
     for layer in layers_of(model):
-        able_to_recompute(layer)
+        with_checkpointing(layer)
         if has_varlen(model.flat):
             compile_layer(layer)
     return model.eval()
@@ -50,7 +50,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_layer(layer: nn.Module, dynamic: bool = True, **how) -> None:
-    """Compile what `able_to_recompute` made, for any length or for the one it meets."""
+    """Compile what `with_checkpointing` made, for any length or for the one it meets."""
     torch._dynamo.config.recompile_limit = 512          # all layers of all models share one code,
     torch._dynamo.config.accumulated_recompile_limit = 512      # and a decoder has forms of its own
     # else a norm's epsilon becomes an input, and g++ compiles for 20 s what converts it on the CPU
@@ -76,7 +76,7 @@ def recompute(model: nn.Module, on: bool = True) -> nn.Module:
     return model
 
 
-def able_to_recompute(layer: nn.Module) -> None:
+def with_checkpointing(layer: nn.Module) -> None:
     """Checkpointing inside what is compiled: forward and recomputation are one graph. Outside it
     (transformers' own, up to 5.17) each would be compiled by itself, by its own guards and timings,
     and a recomputed value could have another shape than the one it stands for."""
@@ -124,14 +124,14 @@ def multiply_together(*linears: nn.Linear) -> None:
     def taking(own: nn.Linear):
         return lambda x: parts.pop(0) if parts else F.linear(x, own.weight, own.bias)
 
-    if not all(adjoin(a, b) for a, b in zip(linears, linears[1:])):
+    if not all(are_adjacent(a, b) for a, b in zip(linears, linears[1:])):
         return  # sizes that are no multiples of 64: all as it was
     for linear in linears[1:]:
         linear.forward = taking(linear)
     first.forward = joint
 
 
-def adjoin(a: nn.Linear, b: nn.Linear) -> bool:
+def are_adjacent(a: nn.Linear, b: nn.Linear) -> bool:
     """Whether the weights (and biases) of b begin where those of a end."""
     pairs = [(x, y) for x, y in ((a.weight, b.weight), (a.bias, b.bias)) if x is not None]
     return all(x.data_ptr() + x.numel() * x.element_size() == y.data_ptr() for x, y in pairs)

@@ -70,7 +70,7 @@ class ShardedAdamW:
         visiting = offload and device.type == "cuda"
         home = torch.device("cpu") if offload else device
         self.parts = [Part(pieces, home, pin=visiting) for pieces in cut(mine)]
-        self.visit = Visits(device) if visiting else None
+        self.host_state = HostState(device) if visiting else None
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -96,7 +96,7 @@ class ShardedAdamW:
         """One update with the gradients times `scale`; every rank then has the same weights."""
         self.lr, self.steps = lr, self.steps + 1
         at_home = ((part, part.state) for part in self.parts)
-        for part, state in self.visit.all(self.parts) if self.visit else at_home:
+        for part, state in self.host_state.visit(self.parts) if self.host_state else at_home:
             for p, a, b, at in part.pieces:
                 if p.grad is not None:
                     master, m, v = (x[at:at + b - a] for x in state)
@@ -117,7 +117,7 @@ class ShardedAdamW:
 
     def state_dict(self) -> dict:
         """This rank's shard."""
-        if self.visit is not None:
+        if self.host_state is not None:
             torch.cuda.synchronize()
         return {"state": [part.state for part in self.parts], "steps": self.steps,
                 "rank": self.rank, "world": self.world}
@@ -149,7 +149,7 @@ def cut(mine: list[tuple[nn.Parameter, int, int]]) -> list[list[tuple]]:
     return lists
 
 
-class Visits:
+class HostState:
     """Parts of host state take turns in two sets of GPU buffers: while one is stepped, the next
     arrives on a stream of its own and the last one leaves on another."""
 
@@ -157,7 +157,7 @@ class Visits:
         self.buffers = [[torch.empty(AT_ONCE, device=device) for _ in range(3)] for _ in range(2)]
         self.coming, self.going = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def all(self, parts: list[Part]) -> Iterator[tuple[Part, list[Tensor]]]:
+    def visit(self, parts: list[Part]) -> Iterator[tuple[Part, list[Tensor]]]:
         """Every part and its state on the GPU; what the caller leaves there goes home."""
         here = torch.cuda.current_stream()
         left, arrived = ([torch.cuda.Event(), torch.cuda.Event()] for _ in range(2))

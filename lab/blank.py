@@ -28,7 +28,7 @@ def new_config(kind: str, tokenizer, text: dict, vision: dict, sections: list[in
     tied: the head is the embedding."""
     family, token = FAMILIES[kind], tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
-    if family.interleaved:
+    if kind == "qwen3_vl":                              # the axes take turns
         rope["mrope_interleaved"] = True
     ends = {"bos_token_id": None, "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>")}

@@ -19,7 +19,7 @@ from ktr import annotate, completion_texts, sample_rollouts
 from lab import toy
 from lab.gradients import gradient_of
 from options import Options
-from policy import evaluating, load, score_groups
+from policy import load, score_groups
 from prompt import fit, question_text
 from rewards import extract_answer
 from rollout import Rollout
@@ -129,7 +129,7 @@ def walk(folder: Path) -> None:
     r = first_mixed_question(o, model, processor)
     ((logp, r.entropy),) = score_groups(model, [r.prompt], [r.group])
     r.logp = logp.detach()
-    with evaluating(model):
+    with torch.no_grad():
         changed = [mask_video(r, o), shuffle_frames(r, o)]
         (masked, _), (shuffled, _) = score_groups(model, changed, [r.group] * 2)
     r.generator.manual_seed(r.seed + 1)                 # the same order again

@@ -73,14 +73,13 @@ def save(out: Path, model, processor, optimizer, state: dict, o: Options) -> Non
                       f"--resume auto, which continues from {newest(out) or 'the beginning'}"
                       ) from failure
     if rank == 0:
-        for path in part.rglob("*"):        # on the disk, should the machine go down after the
-            if path.is_file():              # rename
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        for path in filter(Path.is_file, part.rglob("*")):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())     # on the disk before the rename
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         for old in all_of(out)[:-o.keep]:
-            shutil.rmtree(old, ignore_errors=True)              # somebody may be reading it
+            shutil.rmtree(old, ignore_errors=True)              # another process may be reading it
     all_reduce_sum({"ranks": 1}, model.device)          # none goes on before it is in place
 
 

@@ -2,8 +2,7 @@
 
     python -m run.launch "lab.report OUT" [options of ktr.py]       ("": nothing is shown)
 
-torchrun would kill its processes 30 s after SIGTERM or Ctrl-C, too soon for a checkpoint of the 7B,
-and end every failure with a traceback of its own. Here they save and end by themselves.
+(torchrun kills its processes 30 s after SIGTERM: too soon for a checkpoint of the 7B.)
 From the environment: NPROC (all GPUs), DEVICE=cpu, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from options import Options
 
 PHASES = ("data", "sample", "score", "reference", "attribute", "backward", "step")
-METRICS = ("reward", "reward_std", "flat", "accuracy", "format", "length_bonus", "extra_reward",
-           "length", "ended", "tokens", "loss", "kl", "clipped", "dropped", "entropy",
-           "key_share", "overlap", "sampling_gap")
+REWARDS = ("accuracy", "format", "length_bonus", "extra_reward")
+METRICS = ("reward", "reward_std", "flat", *REWARDS, "length", "ended", "tokens", "loss", "kl",
+           "clipped", "dropped", "entropy", "key_share", "overlap", "sampling_gap")
 OF_THE_LOSS = ("kl", "clipped")         # means over the groups that bear the loss
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
 
@@ -50,7 +50,6 @@ class Clock:
         return spent
 
 
-# ------------------------------------------------------------------------------------------ metrics
 def metrics_of(r) -> dict[str, float]:
     """The metrics of one rollout: METRICS, and the share of each signal's top tokens."""
     mask, rewards = r.group.completion_mask, r.rewards
@@ -59,10 +58,8 @@ def metrics_of(r) -> dict[str, float]:
     gap = (r.old_logp - r.group.logp).abs().masked_fill(~mask, 0)
     values: dict[str, Tensor] = {
         "reward": rewards.mean(), "reward_std": rewards.std(),
-        "flat": (rewards == rewards[0]).all(), "accuracy": r.accuracy.mean(),
-        "dropped": ~r.loss_mask.any(),
-        "format": r.format.mean(), "length_bonus": r.length_bonus.mean(),
-        "extra_reward": r.extra_reward.mean(), "length": n / len(rewards),
+        "flat": (rewards == rewards[0]).all(), "dropped": ~r.loss_mask.any(),
+        **{name: getattr(r, name).mean() for name in REWARDS}, "length": n / len(rewards),
         "ended": r.group.ended.float().mean(), "tokens": n, "entropy": r.entropy.sum() / n,
         "overlap": (signals > 1).sum() / r.key_mask.sum().clamp(min=1),
         "sampling_gap": gap.sum() / n, **r.metrics}
@@ -107,7 +104,6 @@ def sample_of(r, step: int, tokenizer, watched: bool = False) -> dict:
     return {"step": step, "watched": watched, **about, "completions": completions}
 
 
-# -------------------------------------------------------------------------------------------- files
 def rows_of(path: Path) -> list[dict]:
     """The whole rows of a JSON-lines file; a line that a kill cut short is left out."""
     if not path.exists():
@@ -127,7 +123,7 @@ def lost_records(out: Path) -> dict[int, str]:
     return {row["row"]: row["reason"] for row in rows if row.get("lost")}
 
 
-def rewind(out: Path, step: int) -> None:
+def drop_later_rows(out: Path, step: int) -> None:
     """Drop what a run's files hold of steps after `step`, since those are done again; lost decoders
     stay. Without a checkpoint to go on from (step 0) the files are put aside, as
     NAME.before-SECONDS. For rank 0, before any rank writes."""

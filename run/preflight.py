@@ -77,12 +77,10 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
 
 
 def made_by(o: Options, ranks: int, records: list[dict]) -> dict:
-    """What a run that goes on must have in common with its beginning."""
-    options = {name: value for name, value in asdict(o).items()
-               if name not in (*MAY_CHANGE, "rule")}            # of rules the text counts
-    made = {**options, "processes": ranks, "records": len(records)}
+    """The settings that a continued run must share with its start."""
+    made = {name: value for name, value in asdict(o).items() if name not in (*MAY_CHANGE, "rule")}
     texts = [sha256(Path(file).read_bytes()).hexdigest()[:8] for file in o.rule]
-    return made | ({"text of rules": texts} if texts else {})
+    return made | {"text of rules": texts, "processes": ranks, "records": len(records)}
 
 
 def check_memory(o: Options, ranks: int) -> None:

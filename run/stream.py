@@ -34,8 +34,7 @@ def record_order(seed: int, records: int, per_epoch: int, left_out: set[int],
 
 def plan(o: Options, records: int, left_out: set[int], prompts: int, first_step: int,
          first_place: int) -> tuple[list[tuple[int, int]], int]:
-    """The (place, index) of the prompts that are still to come, `prompts` in each step, and the
-    number of steps of the whole run."""
+    """The (place, index) of the prompts to come, `prompts` in each step; the whole run's steps."""
     per_epoch, usable = records // prompts * prompts, records - len(left_out)
     if usable < prompts:
         raise SystemExit(f"error: {usable} records are too few for one step of {prompts} prompts")
@@ -48,8 +47,8 @@ def plan(o: Options, records: int, left_out: set[int], prompts: int, first_step:
 
 
 def seed_of(o: Options, place: int) -> int:
-    """The even seed of the prompt at a place of the run, for sampling; the next one is for its
-    signals. Below 2**32, since torch's CPU generator heeds no more of a seed."""
+    """The even seed of the prompt at a place, for sampling; seed + 1 is for its signals. Below
+    2**32: torch's CPU generator heeds no more of a seed."""
     return 2 * Random(f"{o.seed} {place}").getrandbits(31)
 
 
@@ -66,27 +65,28 @@ class Stream:
         self.lost = lost_records(Path(o.out)) if self.first else {}     # before this start
         self.data = Prompts(records, o.videos, processor, limits_of(o))
         self.data.avoided = self.lost
-        own = [index for step in range(self.first, self.steps) for _, index in self.own(step)]
+        steps = range(self.first, self.steps)
+        own = [index for step in steps for _, index in self.places_of_rank(step)]
         self.items = loader(self.data, own, o.workers)
 
-    def own(self, step: int) -> list[tuple[int, int]]:
+    def places_of_rank(self, step: int) -> list[tuple[int, int]]:
         """(place, record's index) of this rank's prompts in a step."""
         n = self.o.prompts_per_step
         start = (step - self.first) * self.all_ranks_prompts + self.rank * n
         return self.ahead[start:start + n]
 
     def records_of(self, step: int) -> list[dict]:
-        return [self.records[index] for _, index in self.own(step)]
+        return [self.records[index] for _, index in self.places_of_rank(step)]
 
     def place_after(self, step: int) -> int:
         """Where the run's order goes on when a step is done."""
         return self.ahead[(step - self.first + 1) * self.all_ranks_prompts - 1][0] + 1
 
-    def take(self, step: int) -> list[tuple[Prompt, int]]:
+    def prompts_of_step(self, step: int) -> list[tuple[Prompt, int]]:
         """(prompt, seed) of the step's records that can be used; the others are named in the log
         (once, also if the run is continued) and not replaced."""
         usable = []
-        for place, _ in self.own(step):
+        for place, _ in self.places_of_rank(step):
             item = next(self.items)
             if not isinstance(item, Skipped):
                 usable.append((item, seed_of(self.o, place)))

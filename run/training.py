@@ -22,7 +22,7 @@ from prompt import Prompt
 from rollout import Group, Rollout
 from run import checkpoint
 from run.distributed import all_reduce_sum, distributed, wait_for_nccl
-from run.logs import Clock, Log, reporter, rewind, sample_of
+from run.logs import Clock, Log, reporter, drop_later_rows, sample_of
 from run.preflight import UNUSABLE, made_by
 from run.stream import Stream
 
@@ -76,7 +76,6 @@ class Training:
         trained = freeze(self.model, o.freeze)
         if o.checkpointing:
             recompute(self.model)
-        self.model.train()
         self.optimizer = ShardedAdamW(self.model, o.lr, o.weight_decay, offload=o.offload)
         self.reference: nn.Module | None = None         # the starting checkpoint, for the KL
         if o.beta > 0:
@@ -95,7 +94,7 @@ class Training:
             print(trained)
             for part in out.glob("checkpoint-*.part"):          # of a save that was killed
                 shutil.rmtree(part, ignore_errors=True)
-            rewind(out, self.state["step"])
+            drop_later_rows(out, self.state["step"])
             (out / "options.json").write_text(json.dumps(asdict(o), indent=2))
         all_reduce_sum({"ranks": 1}, device)            # none writes before that is done
         self.stream = Stream(o, records, left_out, self.processor, self.log, rank, ranks,
@@ -110,7 +109,7 @@ class Training:
         self.watched = self.stream.watched(left_out) if rank == 0 else None
 
     @contextmanager
-    def naming(self, step: int):
+    def name_errors(self, step: int):
         """An error inside says on which rank, in which step and with which records it happened; one
         in a rule's output is told in one line."""
         try:
@@ -134,10 +133,10 @@ class Training:
         state["not_finite"] = 0 if math.isfinite(norm) else state["not_finite"] + 1
         more = {"grad_norm": norm, "lr": lr, "skipped": state["skipped"]}
         self.log.step(step + 1, self.stream.steps, sums, more, clock)
-        self.count_idle(sums)
+        self.report_idle(sums)
         return sums["leaving"] > 0
 
-    def count_idle(self, sums: dict[str, float]) -> None:
+    def report_idle(self, sums: dict[str, float]) -> None:
         """Say when nothing has been learnt in IDLE steps in a row, and why."""
         prompts, state = sums["prompts"], self.state
         flat, keyless = sums["flat"] == prompts, sums["key_share"] == 0

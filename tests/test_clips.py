@@ -94,12 +94,12 @@ def ways(monkeypatch):
     taken = []
 
     def noting(clip):
-        for times, way in plans(clip):
+        for times, way in ways_to_read(clip):
             taken.append(way.__name__)
             yield times, way
 
-    plans = clips.plans
-    monkeypatch.setattr(clips, "plans", noting)
+    ways_to_read = clips.ways_to_read
+    monkeypatch.setattr(clips, "ways_to_read", noting)
     return taken
 
 
@@ -275,7 +275,7 @@ def test_key_frames_where_decoding_cannot_begin(tmp_path, ways, name):
 def test_packets_that_are_not_those_of_a_closed_clip(tmp_path):
     """By their times alone: one after a key frame is shown before it, or the first before 0."""
     clip = clips.read_packets(write_clip(tmp_path / "a.mp4", b_frames=0, **CLOSED))
-    packets, times = clip.packets, clip.promised()
+    packets, times = clip.packets, clip.expected_times()
     assert clip.suits_decord(times)
     exchanged = [*packets]
     for i, j in ((12, 13), (13, 12)):                       # of a key frame and the next
@@ -415,7 +415,7 @@ def test_another_reader_takes_over_from_decord(tmp_path, ways, monkeypatch):
 def test_both_readers_give_the_same_pixels(tmp_path):
     path = write_clip(tmp_path / "a.mp4", b_frames=2, **CLOSED)
     clip = clips.read_packets(path)
-    one, other = (list(way(clip, clip.promised(), [0, 7, 30, 44]))
+    one, other = (list(way(clip, clip.expected_times(), [0, 7, 30, 44]))
                   for way in (clips.by_decord, clips.by_groups))
     assert np.array_equal(one, other)
 

@@ -9,7 +9,7 @@ import torch
 from data import Skipped
 from options import Options
 from run import preflight, stream
-from run.logs import Log, lost_records, rewind, rows_of
+from run.logs import Log, lost_records, drop_later_rows, rows_of
 from run.stream import Stream, plan, seed_of
 
 
@@ -118,7 +118,7 @@ def make(monkeypatch, tmp_path):
 
 
 def rows_taken(s, steps):
-    return [[prompt.record["row"] for prompt, _ in s.take(step)] for step in steps]
+    return [[prompt.record["row"] for prompt, _ in s.prompts_of_step(step)] for step in steps]
 
 
 def test_ranks_share_the_order(make):
@@ -146,7 +146,7 @@ def test_a_stream_that_goes_on_with_records_left_out(make):
 def test_seeds_belong_to_places_not_to_records_or_ranks(make):
     o = Options(max_steps=12)
     s = make(o)
-    taken = [s.take(step)[0] for step in range(12)]
+    taken = [s.prompts_of_step(step)[0] for step in range(12)]
     assert [seed for _, seed in taken] == [seed_of(o, place) for place in range(12)]
     assert len({seed for _, seed in taken}) == 12                # in the second epoch others
 
@@ -203,7 +203,7 @@ def test_a_run_that_goes_on_drops_what_it_repeats(tmp_path):
     fill(tmp_path, steps=4)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 5, "rew')                              # as a kill leaves it
-    rewind(tmp_path, 2)
+    drop_later_rows(tmp_path, 2)
     assert [row["step"] for row in rows_of(tmp_path / "log.jsonl")] == [1, 2]
     assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [1, 2]
     # lost decoders stay, also those of steps done again; a missing file may be there by now
@@ -219,7 +219,7 @@ def test_a_run_that_goes_on_drops_what_it_repeats(tmp_path):
 def test_the_log_of_a_run_without_checkpoint_is_put_aside(tmp_path):
     fill(tmp_path, steps=4)
     (tmp_path / "samples.jsonl").write_text('{"step": 1')           # not one whole line
-    rewind(tmp_path, 0)
+    drop_later_rows(tmp_path, 0)
     assert lost_records(tmp_path) == {}     # --videos may have been wrong: all are tried again
     assert not list(tmp_path.glob("*.jsonl"))
     (aside,) = tmp_path.glob("log.jsonl.before-*")
@@ -235,7 +235,7 @@ def test_a_log_is_whole_whatever_kills_its_rewriting(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr("pathlib.Path.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        rewind(tmp_path, 2)
+        drop_later_rows(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
