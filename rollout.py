@@ -38,7 +38,6 @@ class Rollout:
     prompt: "Prompt"
     group: Group
     seed: int                               # of sampling: even; seed + 1 is the signals'
-    progress: float = 0.0                   # the part of the run that is done
 
     accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
     format: Tensor | None = None            # (G,) 1 for the right form, else 0
@@ -62,6 +61,7 @@ class Rollout:
                                                             # seed alone, on any rank the same
     states: Callable[..., tuple[Tensor, Tensor]] | None = None      # states(prompt=r.prompt): what
                                             # predicts the tokens (G, T, D), and the head (V, D)
+    progress: float = 0.0                   # the part of the run that was done before this step
     model: nn.Module | None = field(default=None, repr=False)       # the policy
     batch: list["Rollout"] = field(init=False, repr=False)  # those of a rank's step that are scored
                                             # together, this one among them
