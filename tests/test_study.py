@@ -215,8 +215,9 @@ def test_the_documents_hold_what_the_files_say():
             prose = prose.split("## What we found")[1].split("\n## ")[0]
         for interval_ in re.findall(r"\d+\.\d\s\+-\s\d+\.\d", prose):
             assert " ".join(interval_.split()) in printed, f"{name}: {interval_}"
-    used = re.findall(r"<!-- ([\w ]+) -->\n", (ROOT / "docs/results.md").read_text())
-    assert len(used) == len(set(used)) and set(used) >= set(blocks) - {"toy kinds", "long kinds"}
+    shown = re.findall(r"<!-- ([\w ]+) -->\n", (ROOT / "docs/results.md").read_text())
+    used = [name for name in shown if name != "end"]
+    assert len(used) == len(set(used)) and set(used) >= set(blocks) - {"long kinds"}
 
 
 def test_a_block_is_renewed_and_nothing_else():
@@ -461,8 +462,9 @@ def test_an_error_in_a_rules_file_ends_the_study_in_one_line(small, monkeypatch)
 def test_a_rules_traceback_is_told_with_its_place(tmp_path, monkeypatch):
     printed = "Traceback ..\nAttributeError: lgp\non rank 0 in step 1, with 'a.y4m'\n"
     monkeypatch.setattr(study, "call", lambda *_: printed)
-    with pytest.raises(SystemExit, match=r"^AttributeError: lgp\non rank 0 in step 1, with 'a.y4m'$"):
+    with pytest.raises(SystemExit) as stop:
         study.try_one_step(tmp_path, "")
+    assert str(stop.value) == "AttributeError: lgp\non rank 0 in step 1, with 'a.y4m'"
 
 
 def test_a_rules_file_that_selects_nothing_is_refused(small, monkeypatch):
