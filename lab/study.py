@@ -168,8 +168,6 @@ def made_here() -> dict:
 def call(command: list[str], until: float, patience: float = 30) -> str | None:
     """Run a command with one thread and no GPU. Returns None, or what it printed if it failed;
     TimeoutError when the time `until` ended it: by SIGTERM, at which ktr.py saves."""
-    if time.monotonic() >= until:
-        raise TimeoutError
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                    "CUDA_VISIBLE_DEVICES": ""}          # a tiny model is no faster on a GPU
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
@@ -217,6 +215,8 @@ def train_and_test(out: Path, run: Run, options: str, until: float = math.inf) -
                            "remove it or change --out")
     if (folder / "after" / "scores.json").exists():
         return
+    if time.monotonic() >= until:
+        raise TimeoutError
     folder.mkdir(parents=True, exist_ok=True)
     made_by.write_text(json.dumps({**made, "made": made_here()}))
     trained = (folder / "final").exists()

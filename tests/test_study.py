@@ -225,6 +225,19 @@ def test_a_block_is_renewed_and_nothing_else():
         "a\n<!-- toy -->\n| 2 |\n<!-- end -->\nb\n<!-- long -->\nNo runs yet.\n<!-- end -->\n")
 
 
+def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
+    """A panel for each study; of the toy's rules those that are looked at."""
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda *a: drawn.extend(a))
+    hand_made(tmp_path, "GRPO", 1, 0.5, learnt=(0.2,) * 10)
+    toy = runs_of(tmp_path / "more", GRPO=(0.5,), visual=(0.5,), VPPO=(0.5,))
+    toy["runs"]["GRPO"]["1"] = outcome(study.folder_of(tmp_path, Run("toy", "GRPO", 1)))
+    findings.draw({"toy": toy}, tmp_path / "study.html")
+    lines, panels, _ = drawn
+    assert panels == ["toy"] and [line["name"] for line in lines] == ["GRPO", "visual"]
+    assert lines[0]["log"] == {"step": list(range(1, 11)), "toy": list(range(10, 60, 5))}
+
+
 # -------------------------------------------------------------------------------------------- plan
 NOT_YET = {"TW-GRPO", "PGPO", "ToR", "VEPO", "VGPO", "PEPO"}       # on their way
 
@@ -344,7 +357,8 @@ def test_the_time_ends_a_command_gently(tmp_path):
     with pytest.raises(TimeoutError):
         study.call(["-c", stubborn, str(tmp_path / "lost")], study.time.monotonic() + 0.5, 0.1)
     with pytest.raises(TimeoutError):
-        study.call(["-c", "fail"], study.time.monotonic())
+        study.train_and_test(tmp_path, Run("toy", "GRPO", 0), "", study.time.monotonic())
+    assert not (tmp_path / "toy").exists()
     assert study.call(["-c", ""], math.inf) is None
     assert "ValueError: x" in study.call(["-c", "raise ValueError('x')"], math.inf)
 
