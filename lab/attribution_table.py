@@ -89,25 +89,26 @@ def attribution_table(model_name: str, world: Path, questions: int = 64, G: int 
     union = times[times > 0]
     several = {str(n): share(union == n) for n in (1, 2, 3)}
     table["overlap"] = {"union": len(union) / len(times), **several}
-    print_table(table, ratio)
+    print(text_of(table, ratio))
     return table
 
 
-def print_table(table: dict, ratio: float) -> None:
+def text_of(table: dict, ratio: float) -> str:
     heads = "".join(f"{name:>10}" for name in CLASSES)
-    print(f"top {ratio:.0%} by; place: 0 is the first token, 1 the last")
-    print(f"{'':20} what they are: {heads}    words found: visual  temporal    place")
+    lines = [f"top {ratio:.0%} by; place: 0 is the first token, 1 the last",
+             f"{'':20} what they are: {heads}    words found: visual  temporal    place"]
     for look, row in table.items():
         if look == "overlap":
             continue
         shares = "".join(f"{100 * x:9.1f}%" for x in row["share"].values())
         visual, temporal = (100 * x for x in row["recall"].values())
         recall = f"{visual:7.1f}% {temporal:8.1f}%"
-        print(f"{look:20} {'':15}{shares}  {'':12}{recall}   {row['place']:.2f}")
+        lines.append(f"{look:20} {'':15}{shares}  {'':12}{recall}   {row['place']:.2f}")
     union, *several = table["overlap"].values()
     one, two, three = (f"{part:.0%}" for part in several)
-    print(f"visual, temporal and entropy together choose {union:.1%} of the tokens; of these one "
-          f"signal alone chose {one}, two {two}, all three {three}")
+    return "\n".join([*lines, f"visual, temporal and entropy together choose {union:.1%} of the "
+                      f"tokens; of these one signal alone chose {one}, two {two}, all three "
+                      f"{three}"])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ At one checkpoint, for each question's group, the loss without clip and KL,
 and its gradient in the language model's last layer, with m = 1 on the key tokens, on the others, or
 on all: norms, cosines with that of all, and the variance of each rule's losses over completions.
 
-    python -m lab.study --gradients runs/study/Video-KTR/seed-0/final
+    python -m lab.study --looks       at each world's cold start, and at a demonstration's end
 """
 
 import statistics

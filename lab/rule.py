@@ -1,13 +1,12 @@
 """What a rule in a file of its own does: its tokens, its gradient, its passes, on one page.
 
-    bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 4 ..]
+    bash train.sh rule my_rule.py           or: python -m lab.study --rule my_rule.py [--seeds 4]
 
 The file adds to any of the registries (docs/rules.md) and may hold OPTIONS, those of ktr.py that it
 is trained with (lab/rules has examples). First one step is tried: an error in the rule ends all
 in one line. Then the study trains it and its controls, and this file shows the results.
 """
 
-import argparse
 import json
 from collections import Counter
 from contextlib import contextmanager
@@ -64,24 +63,24 @@ def look(name: str, o: Options, model, processor, world: str, questions: int):
     return rows, counts
 
 
-def page(file: Path, runs: dict[str, list[Path]], a: argparse.Namespace,
+def page(file: Path, runs: dict[str, list[Path]], out: Path, world: Path, start: Path,
          questions: int = 64) -> None:
-    """After study `a`: print what a rule's tokens are and the passes it costs, by the model of its
-    first seed, and their share of the gradient in a.model; write the page of `runs`, the seeds of
-    the rule and of its controls."""
+    """After a study: print what a rule's tokens are and the passes it costs, by the model of its
+    first seed, and their share of the gradient at the start; write the page of `runs`, the seeds of
+    the rule and of its controls, into out."""
     name, first = file.stem, runs[file.stem][0]
     final = str(first / "final")
-    o = parse(["--model", final, "--data", f"{a.world}/train.json",
-               "--max_new_tokens", str(a.max_new_tokens), "--rule", str(file)])
-    attribution_table(final, Path(a.world), questions, rules={name: o})
-    gradient_analysis(a.model, a.world, questions, rules={"Video-KTR": Options(), name: o})
-    rows, passes = look(name, o, *policy.load(final), a.world, min(8, questions))
+    o = parse(["--model", final, "--data", f"{world}/train.json", "--max_new_tokens", "64",
+               "--rule", str(file)])
+    attribution_table(final, world, questions, rules={name: o})
+    gradient_analysis(str(start), str(world), questions, rules={"Video-KTR": Options(), name: o})
+    rows, passes = look(name, o, *policy.load(final), str(world), min(8, questions))
     print("passes a step, the reference's apart:",
           ", ".join(f"{n} {kind}" for kind, n in passes.items()))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (first / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     shown = [{**report.over_seeds(list(map(report.read_run, seeds))),
               "name": f"{rule} ({len(seeds)})"} for rule, seeds in runs.items()]
-    out = Path(a.out, f"{name}.html")
-    out.write_text(report.build(report.content_of(shown)), encoding="utf-8")
-    print(f"page: {out}")
+    file = out / f"{name}.html"
+    file.write_text(report.build(report.content_of(shown)), encoding="utf-8")
+    print(f"page: {file}")

@@ -1,45 +1,54 @@
-"""Is the key token key? One training under many rules for choosing tokens, on the toy world.
+"""The study: one training under many rules for choosing tokens, in toy worlds.
 
-    python -m lab.study                         all variants; resumable; --jobs N --minutes M
-    python -m lab.study --only GRPO VPPO --add "VPPO 20%=--rule lab/rules/vppo.py --ratio 0.2"
-    python -m lab.study --rule mine.py          a file's rule against its controls, with a page
-    python -m lab.study --table FILE            the tables of a study.json, nothing run
-    python -m lab.study --gradients MODEL       the paper's gradient analysis (gradients.py)
+    python -m lab.study                     all STUDIES; --jobs N --minutes M, again to continue
+    python -m lab.study toy --only GRPO VPPO --seeds 5
+    python -m lab.study --rule mine.py      a file's rule against its controls, with a page
+    python -m lab.study --looks             which tokens the signals find, and their gradients
+    python -m lab.findings                  the tables
 
-All variants share data, learning rate and steps. Differences are paired by seed: the same cold
-start, the same order of prompts, the same random numbers in sampling. Two outcomes of a run:
+The rules of a study share data, learning rate and steps. Differences are paired by seed: the same
+cold start, order of prompts and random numbers in sampling. Two outcomes of a run:
     accuracy    the chance that a sampled answer to an unseen question is right, at the end: one
                 sample for each question, with the question's own random numbers in every run
     learning    the same over the whole run: the mean accuracy of the completions it learns from.
                 No prompt comes twice, so each is unseen when it is sampled
 Greedy answers would turn small differences into jumps (docs/results.md).
+
+Worlds and their cold starts are made where --out lacks them. OUT/study_NAME.json holds a study's
+finished runs and what made them; the commit is $COMMIT, or git's.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lab import report
+from lab import findings
+from lab.attribution_table import attribution_table
 from lab.gradients import gradient_analysis
 from lab.rule import page
-from lab.stats import detectable, holm, interval, p_value
 from run.arguments import load_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "GRPO": "--signals all",
-    "random 45%": "--signals random --ratio 0.45",      # as many as the union of the three
+    "random 45%": "--signals random --ratio 0.45",      # as many as the union of the three, or more
     "Video-KTR": "",
     "visual+temporal": "--signals visual temporal",
     "visual": "--signals visual",
@@ -48,12 +57,15 @@ VARIANTS = {
     "T-GRPO": "--rule lab/rules/t_grpo.py",
     "TW-GRPO": "--rule lab/rules/tw_grpo.py",
     "random 20%": "--signals random",
+    "random 36%": "--signals random --ratio 0.36",      # the share that the union has in `toy`
     "entropy": "--signals entropy",
     "temporal": "--signals temporal",
+    "temporal reversed": "--rule lab/rules/frame_orders.py --signals temporal_reverse",
     "visual+entropy": "--signals visual entropy",
     "temporal+entropy": "--signals temporal entropy",
     "KTR 10%": "--ratio 0.1",
     "KTR 30%": "--ratio 0.3",
+    "KTR 40%": "--ratio 0.4",
     "KTR 50%": "--ratio 0.5",
     "KTR linear weights": "--rule lab/rules/soft_weights.py",
     "KTR JS distance": "--rule lab/rules/distances.py",
@@ -69,239 +81,321 @@ VARIANTS = {
     "Dr. GRPO": "--rule lab/rules/dr_grpo.py",
     "DAPO": "--rule lab/rules/dapo.py",
     "entropy 80/20": "--rule lab/rules/entropy_80_20.py",
+    "KTR blocks of frames": "--rule lab/rules/frame_orders.py "
+                            "--signals visual temporal_blocks entropy",
+    "KTR zeroed features": "--rule lab/rules/masking.py",
+    "KTR another clip": "--rule lab/rules/masking.py --signals visual_replace temporal entropy",
 }
+VARIANTS |= {f"KTR {kind} weights": f"--rule lab/rules/soft_weights.py --weighting {kind}"
+             for kind in ("softmax", "sigmoid", "exponential")}
+VARIANTS |= {f"KTR {name} distance": f"--rule lab/rules/distances.py "
+             f"--signals visual_{name.lower()} temporal_{name.lower()} entropy"
+             for name in ("L1", "L2", "KL", "Hellinger", "cosine")}
 CONTROLS = ("GRPO", "random 45%", "Video-KTR")          # of --rule
-OUTCOMES = ("accuracy", "learning")
-MEASURES = (*OUTCOMES, "reward", "share", "kl", "grad", "seconds")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that share a world, its cold start and how they are trained; seeds: of each rule."""
+    seeds: dict[str, int]
+    world: str = "toy"
+    tokens: int = 64                    # the longest completion
+    steps: int = 40
+    training: str = "--lr 7e-5 --warmup_steps 5"
+
+
+# in the order in which a seed's runs are begun: long ones first
+STUDIES = {
+    "demonstration": Study(dict.fromkeys((*CONTROLS, "KTR 50%"), 10), steps=200,
+                           training="--lr 5e-5 --warmup_steps 10"),             # train.sh's
+    "long": Study({rule: 8 for rule in findings.LONG if rule in VARIANTS}, "long", tokens=192),
+    "order": Study(dict.fromkeys(
+        ("GRPO", "random 20%", "temporal", "visual", "temporal reversed"), 10), "order"),
+    "toy": Study({**{rule: 9 for rule in VARIANTS if rule != "temporal reversed"},
+                  **dict.fromkeys((*CONTROLS, "visual", "random 36%"), 20)}),
+}
+
+
+class Run(NamedTuple):
+    study: str
+    rule: str
+    seed: int
 
 
 # --------------------------------------------------------------------------------------------- runs
-def folder_of(out: str, name: str, seed: int) -> Path:
-    return Path(out) / name.replace("/", "per-") / f"seed-{seed}"
+def folder_of(out: Path, run: Run) -> Path:
+    return out / run.study / run.rule.replace("/", "per-") / f"seed-{run.seed}"
 
 
-def commands_of(run: Path, seed: int, options: str, a: argparse.Namespace) -> list[list[str]]:
+def start_of(out: Path, world: str) -> Path:
+    """The shipped cold start, or another world's, made by `prepare`."""
+    return ROOT / "cold_start" if world == "toy" else out / "starts" / world
+
+
+def test_command(out: Path, study: Study, model: Path, folder: Path) -> list[str]:
+    world = out / "worlds" / study.world
+    return ["evaluate.py", "--model", str(model), "--data", f"{world}/test.json",
+            "--videos", str(world), "--benchmark", "toy", "--out", str(folder / "after"),
+            "--dtype", "float32", "--max_new_tokens", str(study.tokens), "--workers", "0",
+            "--batch", "200", "--temperature", "1", "--top_p", "0.95"]
+
+
+def commands_of(out: Path, run: Run, options: str) -> list[list[str]]:
     """What trains a run and what tests it."""
-    limits = ["--dtype", "float32", "--max_new_tokens", str(a.max_new_tokens), "--workers", "0"]
+    study, folder = STUDIES[run.study], folder_of(out, run)
     train = [
-        "ktr.py", "--model", a.model, "--data", f"{a.world}/train.json", "--out", str(run),
-        *limits, "--no_checkpointing", "--prompts_per_step", "8", "--max_steps", str(a.steps),
-        "--lr", "7e-5", "--warmup_steps", "5", "--save_every", "1000", "--keep", "1",
-        "--seed", str(seed), "--sample_every", "1000000", *shlex.split(options)]
-    test = [
-        "evaluate.py", "--model", str(run / "final"), "--data", f"{a.world}/test.json",
-        "--videos", a.world, "--benchmark", "toy", "--out", str(run / "after"), *limits,
-        "--batch", "200", "--temperature", "1", "--top_p", "0.95"]
-    return [train, test]
+        "ktr.py", "--model", str(start_of(out, study.world)),
+        "--data", f"{out}/worlds/{study.world}/train.json", "--out", str(folder),
+        "--dtype", "float32", "--max_new_tokens", str(study.tokens), "--workers", "0",
+        "--no_checkpointing", "--prompts_per_step", "8", "--max_steps", str(study.steps),
+        *study.training.split(), "--save_every", "50", "--keep", "1", "--seed", str(run.seed),
+        "--sample_every", "1000000", *shlex.split(options)]
+    return [train, test_command(out, study, folder / "final", folder)]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": ""}                 # a tiny model is no faster on a GPU
+@cache
+def made_here() -> dict:
+    """What a run of this process is made with."""
+    commit = os.environ.get("COMMIT") or subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT,
+        capture_output=True, text=True).stdout.strip()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return {"commit": commit or "unknown", "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {(*names, platform.processor())[0]}",
+            "python": platform.python_version(), "torch": version("torch"),
+            "transformers": version("transformers")}
 
 
-def train_and_test(name: str, seed: int, options: str, a: argparse.Namespace,
-                   until: float = math.inf) -> bool:
-    """One run and its test score, left alone if they are there already. False: it was ended at the
-    time `until`. RuntimeError holds what a failure printed, or says that the folder holds a run
-    under other options or another text of its rule's file (a rule inside attribution.py cannot be
-    told: remove its folder)."""
-    run = folder_of(a.out, name, seed)
-    commands, made_by = commands_of(run, seed, options, a), run / "study.json"
-    rules = [(ROOT / word).read_text() for word in shlex.split(options) if word.endswith(".py")]
-    if made_by.exists() and json.loads(made_by.read_text()) != commands + rules:
-        raise RuntimeError(f"{run} holds a run under other options or another text of its rule; "
-                           "remove it or change --out")
-    if (run / "after" / "scores.json").exists():
-        return True
-    run.mkdir(parents=True, exist_ok=True)
-    made_by.write_text(json.dumps(commands + rules))
-    for command in commands:
-        left = None if until == math.inf else max(0.0, until - time.monotonic())
+def call(command: list[str], until: float, patience: float = 30) -> str | None:
+    """Run a command with one thread and no GPU. Returns None, or what it printed if it failed;
+    TimeoutError when the time `until` ended it: by SIGTERM, at which ktr.py saves."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "CUDA_VISIBLE_DEVICES": ""}          # a tiny model is no faster on a GPU
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        left = None if until == math.inf else until - time.monotonic()
+        printed, _ = process.communicate(timeout=left)
+    except subprocess.TimeoutExpired:
+        process.terminate()
         try:
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(),
-                                  capture_output=True, text=True, timeout=left)
+            process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
-            return False
-        if done.returncode:
-            printed = (done.stdout + done.stderr)[-2000:]
-            raise RuntimeError(f"{name}, seed {seed}: {shlex.join(command)}\n{printed}")
-    return True
+            process.kill()
+            process.communicate()
+        raise TimeoutError from None
+    return printed if process.returncode else None
 
 
-def try_one_step(options: str, a: argparse.Namespace) -> None:
+def prepare(out: Path, name: str, until: float) -> None:
+    """A world with 1,200 test questions, its cold start, and the start's answers to them."""
+    study = next(study for study in STUDIES.values() if study.world == name)
+    world, start = out / "worlds" / name, start_of(out, name)
+    made = {world / "test.json": ["-m", "lab.toy", "make", str(world), "--world", name,
+                                  "--test", "1200"],
+            start / "preprocessor_config.json": ["-m", "lab.cold_start", str(start),
+                                                 "--world", name],
+            out / "starts" / f"{name} tested" / "after" / "scores.json": test_command(
+                out, study, start, out / "starts" / f"{name} tested")}
+    for file, command in made.items():
+        if not file.exists() and (printed := call(command, until)):
+            raise RuntimeError(f"{shlex.join(command)}\n{printed[-2000:]}")
+
+
+def train_and_test(out: Path, run: Run, options: str, until: float = math.inf) -> None:
+    """One run and its test score, left alone if they are there already, continued if they are
+    begun. RuntimeError holds what a failure printed, or says that the folder holds a run under
+    other options or another text of its rule's file (a rule inside attribution.py cannot be told:
+    remove its folder)."""
+    folder, commands = folder_of(out, run), commands_of(out, run, options)
+    made_by = folder / "study.json"
+    rules = [(ROOT / word).read_text() for word in shlex.split(options) if word.endswith(".py")]
+    made = {"commands": commands, "rules": rules}
+    if made_by.exists() and {**(held := json.loads(made_by.read_text())), **made} != held:
+        raise RuntimeError(f"{folder} holds a run under other options or another text of its rule; "
+                           "remove it or change --out")
+    if (folder / "after" / "scores.json").exists():
+        return
+    if time.monotonic() >= until:
+        raise TimeoutError
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by.write_text(json.dumps({**made, "made": made_here()}))
+    trained = (folder / "final").exists()
+    for command in commands[trained:]:
+        if printed := call(command, until):
+            raise RuntimeError(f"{run.study}, {run.rule}, seed {run.seed}: {shlex.join(command)}\n"
+                               f"{printed[-2000:]}")
+
+
+def try_one_step(out: Path, options: str) -> None:
     """SystemExit with the last line that a failure prints: what is wrong, in a rule's error; and
     with the one before, where the last says where it was."""
     with tempfile.TemporaryDirectory() as folder:
-        train, _ = commands_of(Path(folder), 0, options, a)
-        done = subprocess.run([sys.executable, *train, "--max_steps", "1", "--save_every", "0"],
-                              cwd=ROOT, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
+        train, _ = commands_of(out, Run("toy", "tried", 0), options)
+        tried = [*train, "--out", folder, "--max_steps", "1", "--save_every", "0"]
+        printed = call(tried, math.inf)
+    if printed:
+        lines = printed.strip().splitlines()
         raise SystemExit("\n".join(lines[-2 if lines[-1].startswith("on rank ") else -1:]))
 
 
-def run_all(variants: dict[str, str], a: argparse.Namespace) -> None:
-    """Seed by seed, so that a cut leaves whole ones, `a.jobs` runs at once. At `a.minutes` what
-    still runs is ended, to be repeated. A failure is raised once the others are done."""
-    work = [(seed, name) for seed in range(a.seeds) for name in variants]
-    bar = tqdm(total=len(work), unit="run", dynamic_ncols=True)
-    until = time.monotonic() + 60 * a.minutes if a.minutes else math.inf
+def run_all(out: Path, runs: list[Run], variants: dict[str, str], jobs: int, until: float) -> None:
+    """`jobs` runs at once, in this order. At the time `until` what still runs saves and ends. A
+    failure is raised once the others are done."""
+    bar = tqdm(total=len(runs), unit="run", dynamic_ncols=True)
+    worlds = dict.fromkeys(STUDIES[run.study].world for run in runs)
+    with ThreadPoolExecutor(jobs) as pool:
+        ready = {world: pool.submit(prepare, out, world, until) for world in worlds}
 
-    def one(seed: int, name: str) -> None:
-        if time.monotonic() < until and train_and_test(name, seed, variants[name], a, until):
+        def one(run: Run) -> None:
+            ready[STUDIES[run.study].world].result()
+            train_and_test(out, run, variants[run.rule], until)
             bar.update()
 
-    with bar, ThreadPoolExecutor(a.jobs or os.cpu_count()) as pool:
-        begun = [pool.submit(one, seed, name) for seed, name in work]
-    for future in begun:
-        future.result()
+        begun = [pool.submit(one, run) for run in runs]
+        try:
+            failed = [error for future in begun if (error := future.exception())]
+        finally:
+            pool.shutdown(cancel_futures=True)          # Ctrl-C: those that run heard it too
+            bar.close()
+    for error in failed:
+        if not isinstance(error, TimeoutError):
+            raise error
+
+
+def plan(studies: list[str], only: list[str] | None, seeds: int | None) -> list[Run]:
+    """Rules with ten seeds or more first: the main questions are theirs. Then seed by seed, so that
+    a cut leaves whole ones."""
+    runs = [Run(name, rule, seed) for name in STUDIES if name in studies
+            for rule, most in STUDIES[name].seeds.items() if only is None or rule in only
+            for seed in range(min(most, seeds or most))]
+    return sorted(runs, key=lambda run: (STUDIES[run.study].seeds[run.rule] < 10, run.seed))
 
 
 # ------------------------------------------------------------------------------------------ results
-def read_log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def kinds_of(scores: dict) -> dict[str, float]:
+    return {name.removeprefix("kind: "): round(100 * row["strict"], 2)
+            for name, row in scores.items() if name != "all"}
 
 
-def outcome(run: Path) -> dict:
+def scores_in(folder: Path) -> dict:
+    return json.loads((folder / "after" / "scores.json").read_text())["scores"]
+
+
+def outcome(folder: Path) -> dict:
     """Of one run: test accuracy, also by kind of question, and the mean accuracy of training
-    (`learning`) in percent, and its curve; over the last fifth of the steps mean
-    reward, KL, gradient norm, share of key tokens; seconds."""
-    log = read_log(run)
-    late = log[-max(1, len(log) // 5):]
-    scores = json.loads((run / "after" / "scores.json").read_text())["scores"]
-    kinds = {name.removeprefix("kind: "): round(100 * row["strict"], 2)
-             for name, row in scores.items() if name != "all"}
-    curve = [round(100 * row["accuracy"], 1) for row in log]
+    (`learning`) in percent, and its curve; over the last fifth of the steps mean KL, gradient norm
+    and share of key tokens; seconds."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    late, scores = log[-max(1, len(log) // 5):], scores_in(folder)
     found = {"accuracy": 100 * scores["all"]["strict"],
              "learning": 100 * statistics.mean(row["accuracy"] for row in log),
-             "reward": statistics.mean(row["reward"] for row in late),
              "share": 100 * statistics.mean(row["key_share"] for row in late),
              "kl": statistics.mean(row["kl"] for row in late),
              "grad": statistics.mean(row["grad_norm"] for row in late),
              "seconds": sum(row["seconds"] for row in log)}
     found = {name: round(value, 4) for name, value in found.items()}
-    return {**found, "kinds": kinds, "curve": curve}
+    curve = [round(100 * row["accuracy"], 1) for row in log]
+    return {**found, "kinds": kinds_of(scores), "curve": curve}
 
 
-def collect(variants: dict[str, str], a: argparse.Namespace) -> dict[str, dict[str, dict]]:
-    """{name: {seed: outcome}} of the runs that are finished."""
-    found = {name: {} for name in variants}
-    for name, runs in found.items():
-        for seed in range(a.seeds):
-            run = folder_of(a.out, name, seed)
-            if (run / "after" / "scores.json").exists():
-                runs[str(seed)] = outcome(run)
-    return {name: runs for name, runs in found.items() if runs}
+def finished(out: Path, study: str, rule: str, most: int) -> dict[int, Path]:
+    """{seed: folder}"""
+    folders = {seed: folder_of(out, Run(study, rule, seed)) for seed in range(most)}
+    return {seed: f for seed, f in folders.items() if (f / "after" / "scores.json").exists()}
 
 
-def compare(runs: dict[str, dict[str, dict]], names: list[str], control: str,
-            measure: str) -> tuple[dict[str, dict], str]:
-    """{name: mean, half (95%), p (Holm), pairs} of the differences from the control over the seeds
-    that both have, and what the comparison could have found."""
-    differences = {}
-    for name in names:
-        seeds = sorted(set(runs[name]) & set(runs[control]))
-        if seeds:
-            pairs = [(runs[name][s][measure], runs[control][s][measure]) for s in seeds]
-            differences[name] = [a - b for a, b in pairs]
-    corrected = holm({name: p_value(values) for name, values in differences.items()})
-    rows = {}
-    for name, values in differences.items():
-        mean, half = interval(values)
-        rows[name] = {"mean": mean, "half": half, "p": corrected[name], "pairs": len(values)}
-    several = [values for values in differences.values() if len(values) > 1]
-    if not several:
-        return rows, ""
-    noise = statistics.median(statistics.stdev(values) for values in several)
-    n, m = statistics.median_low(map(len, several)), len(names)
-    alone, among = detectable(noise, n), detectable(noise, n, 0.05 / m)
-    return rows, (f"{measure}: median deviation of a pair {noise:.1f}; found with {n} pairs and "
-                  f"80% power: {alone:.1f} points alone, {among:.1f} among {m}")
+def collect(out: Path, name: str, variants: dict[str, str], most: dict[str, int]) -> dict:
+    """A study's finished runs, the start's scores, and what made them, as its file holds them:
+    "made" counts the runs of each commit, machine and day, "commands" are one run's. {} if no run
+    is finished."""
+    runs, made, commands = {}, Counter(), []
+    for rule, seeds in most.items():
+        for seed, folder in finished(out, name, rule, seeds).items():
+            by = json.loads((folder / "study.json").read_text())
+            made[json.dumps(by["made"])] += 1
+            runs.setdefault(rule, {})[str(seed)] = outcome(folder)
+            commands = commands or [
+                shlex.join(["python", *command]).replace(f"{out}/", "OUT/").replace(f"{ROOT}/", "")
+                for command in by["commands"]]
+    if not runs:
+        return {}
+    start = scores_in(out / "starts" / f"{STUDIES[name].world} tested")
+    return {"made": [{**json.loads(key), "runs": n} for key, n in made.items()],
+            "commands": commands, "rules": {rule: variants[rule] for rule in runs},
+            "start": {"accuracy": 100 * start["all"]["strict"], "kinds": kinds_of(start)},
+            "runs": runs}
 
 
-def print_tables(runs: dict[str, dict[str, dict]], controls: list[str]) -> None:
-    """Means over seeds with 95% intervals, then the paired differences from each control."""
-    print(f"{'':22}seeds   accuracy        learning        reward  tokens     kl   grad  seconds")
-    for name, of in runs.items():
-        row = {key: interval([run[key] for run in of.values()]) for key in MEASURES}
-        both = "   ".join(f"{row[key][0]:5.1f} +- {row[key][1]:4.1f}" for key in OUTCOMES)
-        print(f"{name:22}{len(of):5d}   {both}  {row['reward'][0]:7.2f} {row['share'][0]:6.0f}% "
-              f"{row['kl'][0]:6.3f} {row['grad'][0]:6.2f} {row['seconds'][0]:8.0f}")
-    for control in (name for name in controls if name in runs):
-        names = [name for name in runs if name != control]
-        print(f"\n{f'minus {control}':22}pairs   accuracy                  learning")
-        found = [compare(runs, names, control, measure) for measure in OUTCOMES]
-        for name in found[0][0]:
-            both = "   ".join("{mean:+5.1f} +- {half:4.1f}  p {p:5.3f}".format(**rows[name])
-                              for rows, _ in found)
-            print(f"{name:22}{found[0][0][name]['pairs']:5d}   {both}")
-        print("\n".join(note for _, note in found))
-    print("\n+-: 95% intervals over seeds. p: paired t, Holm's correction for the lines of a block")
+def look(out: Path) -> None:
+    """OUT/looks.json: what the signals find at the toy's cold start; gradients at each world's, and
+    at the end of the demonstration's first run of Video-KTR."""
+    for world in {study.world for study in STUDIES.values()}:
+        prepare(out, world, math.inf)
+    at = {study.world: (start_of(out, study.world), study) for study in STUDIES.values()}
+    end = folder_of(out, Run("demonstration", "Video-KTR", 0)) / "final"
+    if end.exists():
+        at["toy, at the end of the demonstration"] = end, STUDIES["demonstration"]
+    found = {"made": [made_here()],
+             "attribution": attribution_table(str(start_of(out, "toy")), out / "worlds/toy"),
+             "gradients": {name: gradient_analysis(
+                 str(model), str(out / "worlds" / study.world), longest=study.tokens)
+                 for name, (model, study) in at.items()}}
+    (out / "looks.json").write_text(json.dumps(found, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", choices=VARIANTS, help="not all of the rules")
-    add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="more, as options of ktr.py")
+    add("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)} (default: all)")
+    add("--only", nargs="+", choices=VARIANTS, help="not all of their rules")
     add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
-    add("--seeds", type=int, help="of each rule (default: 5, of a --rule and its controls 4)")
-    add("--steps", type=int, default=40)
-    add("--max_new_tokens", type=int, default=64)
-    add("--jobs", type=int, default=0, help="runs at once (default: one per core)")
-    add("--minutes", type=float, default=0, help="stop by then, with what is finished")
-    add("--world", default="runs/study_world", help="made, with 1200 test questions, if missing")
-    add("--model", default=str(ROOT / "cold_start"))
-    add("--out", default="runs/study")
-    add("--controls", nargs="+", default=["GRPO", "random 45%"], help="rules to compare with")
-    add("--table", type=Path, help="print the tables of this study.json instead")
-    add("--gradients", metavar="MODEL", help="the gradient analysis at this checkpoint instead")
+    add("--looks", action="store_true", help="attribution and gradients instead")
+    add("--seeds", type=int, help="at most (default: what STUDIES says; with --rule 4)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one per core)")
+    add("--minutes", type=float, default=math.inf,
+        help="stop then, with what is finished; what runs has half a minute more to save")
+    add("--out", type=Path, default=Path("runs/study"))
     a = parser.parse_args()
-    a.out, a.world = (str(Path(path).resolve()) for path in (a.out, a.world))
-    a.model = str(Path(a.model).resolve()) if Path(a.model).is_dir() else a.model
-    if a.table:
-        return print_tables(json.loads(a.table.read_text())["runs"], a.controls)
-    if a.seeds is None:
-        a.seeds = 4 if a.rule else 5
-    if not all("=" in item for item in a.add):
-        parser.error("--add takes NAME=OPTIONS")
-    if a.seeds < 1 or min(a.jobs, a.minutes) < 0:
-        parser.error("--seeds takes a number from 1 on, --jobs and --minutes from 0")
+    out, studies = a.out.resolve(), a.studies or (["toy"] if a.rule else list(STUDIES))
+    if unknown := set(studies) - set(STUDIES):
+        parser.error(f"{', '.join(unknown)}: no such study; there are {', '.join(STUDIES)}")
+    if a.seeds is not None and a.seeds < 1 or a.jobs < 1 or a.minutes <= 0:
+        parser.error("--seeds and --jobs take a number from 1 on, --minutes one above 0")
+    if a.looks:
+        return look(out)
 
-    if a.rule and not load_rule(str(a.rule)):
-        raise SystemExit(f"error: {a.rule} has no OPTIONS: nothing selects what it registers; name "
-                         "it there, also where it replaces a default")
-    if not Path(a.world, "test.json").exists():
-        make = [sys.executable, "-m", "lab.toy", "make", a.world, "--test", "1200"]
-        subprocess.run(make, cwd=ROOT, check=True)
-    if a.gradients:
-        gradient_analysis(a.gradients, a.world, longest=a.max_new_tokens)
-        return
-    only = a.only or (CONTROLS if a.rule else VARIANTS)
-    variants = {name: VARIANTS[name] for name in only}
-    variants.update(item.split("=", 1) for item in a.add)
+    until, variants = time.monotonic() + 60 * a.minutes, dict(VARIANTS)
+    seeds = a.seeds or (4 if a.rule else None)
+    runs = plan(studies, a.only or (CONTROLS if a.rule else None), seeds)
     if a.rule:
+        if not load_rule(str(a.rule)):
+            raise SystemExit(f"error: {a.rule} has no OPTIONS: nothing selects what it registers; "
+                             "name it there, also where it replaces a default")
         variants[a.rule.stem] = f"--rule {shlex.quote(str(a.rule.resolve()))}"
-        try_one_step(variants[a.rule.stem], a)
-    Path(a.out).mkdir(parents=True, exist_ok=True)
+        prepare(out, "toy", until)
+        try_one_step(out, variants[a.rule.stem])
+        runs += [Run("toy", a.rule.stem, seed) for seed in range(seeds)]
+        runs.sort(key=lambda run: run.seed)
     try:
-        run_all(variants, a)
+        run_all(out, runs, variants, a.jobs, until)
     finally:                                            # what is finished is kept in any case
-        runs = collect(variants, a)
-        saved = {"options": vars(a), "variants": variants, "runs": runs}
-        Path(a.out, "study.json").write_text(json.dumps(saved, default=str))
-    print_tables(runs, a.controls)
-    seeds = {name: [folder_of(a.out, name, int(seed)) for seed in of] for name, of in runs.items()}
-    drawn = [{**report.over_seeds(list(map(report.read_run, of))), "name": f"{name} ({len(of)})"}
-             for name, of in seeds.items()]
-    report.plot(drawn, ["accuracy", "reward", "kl", "grad_norm"], Path(a.out, "study.html"))
-    if a.rule and not seeds.get(a.rule.stem):
-        raise SystemExit("no run of the rule is finished: again, with more --minutes")
+        for name in studies:
+            most = {run.rule: seeds for run in runs} if a.rule else STUDIES[name].seeds
+            if found := collect(out, name, variants, most):
+                file = out / (f"{a.rule.stem}.json" if a.rule else f"study_{name}.json")
+                file.write_text(json.dumps(found))
+                print(f"\n{name}: {file}\n{findings.table_of(found)}")
     if a.rule:
-        order = [a.rule.stem, *variants]
-        page(a.rule, {name: seeds[name] for name in order if name in seeds}, a)
+        folders = {rule: list(finished(out, "toy", rule, seeds).values())
+                   for rule in (a.rule.stem, *most)}
+        if not folders[a.rule.stem]:
+            raise SystemExit("no run of the rule is finished: again, with more --minutes")
+        page(a.rule, {rule: runs for rule, runs in folders.items() if runs}, out,
+             out / "worlds" / "toy", start_of(out, "toy"))
 
 
 if __name__ == "__main__":

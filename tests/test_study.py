@@ -4,35 +4,58 @@ import json
 import math
 import re
 import sys
-from argparse import Namespace
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 
 import ktr
-from lab import gradients, report, stats, study
+from lab import findings, gradients, report, stats, study
+from lab.findings import compare
 from lab.stats import detectable, holm, interval, p_value, quantile
-from lab.study import outcome
+from lab.study import Run, Study, outcome
 from policy import plain_score, sample
-from run.arguments import parse
-from run.arguments import check_names
+from run.arguments import check_names, parse
 
 SECONDS = 0.5
-REWARDS = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0)
+LEARNT = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MADE = {"commit": "abc", "machine": "m", "date": "today"}
 
 
-def hand_made(out, name, seed, accuracy, rewards=REWARDS):
+def hand_made(out, rule, seed, accuracy, learnt=LEARNT, name="toy"):
     """A finished run of ten steps with this test accuracy."""
-    run = study.folder_of(out, name, seed)
+    run = study.folder_of(out, Run(name, rule, seed))
     (run / "after").mkdir(parents=True)
-    rows = [{"step": i + 1, "reward": r, "accuracy": i / 10, "kl": 0.01 * i, "grad_norm": 1.0 * i,
-             "key_share": 0.45, "seconds": SECONDS} for i, r in enumerate(rewards)]
+    rows = [{"step": i + 1, "reward": x, "accuracy": x, "kl": 0.01 * i, "grad_norm": 1.0 * i,
+             "key_share": 0.45, "seconds": SECONDS} for i, x in enumerate(learnt)]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    both = {"strict": accuracy, "n": 100}
-    scores = {"scores": {"all": both, "kind: order": both}}
-    (run / "after" / "scores.json").write_text(json.dumps(scores))
+    (run / "after" / "scores.json").write_text(json.dumps(scores_of(accuracy)))
+    made = {"commands": [["ktr.py", "--out", str(run)]], "rules": [], "made": MADE}
+    (run / "study.json").write_text(json.dumps(made))
     return run
+
+
+def scores_of(accuracy):
+    both = {"strict": accuracy, "n": 100}
+    return {"scores": {"all": both, "kind: order": both}}
+
+
+def started(out, world="toy", accuracy=0.4):
+    """The start's answers are there."""
+    folder = out / "starts" / f"{world} tested" / "after"
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps(scores_of(accuracy)))
+
+
+def runs_of(out, **accuracies):
+    """What a study's file holds of these accuracies, {rule: (seed 0's, seed 1's ..)}."""
+    for rule, values in accuracies.items():
+        for seed, value in enumerate(values):
+            hand_made(out, rule, seed, value)
+    started(out)
+    variants = dict.fromkeys([*accuracies, "PAPO"], "")
+    return study.collect(out, "toy", variants, dict.fromkeys(variants, 9))
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -95,61 +118,171 @@ def test_the_detectable_difference_is_detected_as_often_as_it_says():
 def test_outcome_by_hand(tmp_path):
     got = outcome(hand_made(tmp_path, "GRPO", 0, 0.62))     # late: the last fifth, two of ten steps
     assert got.pop("kinds") == {"order": 62} and got.pop("curve") == list(range(0, 100, 10))
-    assert got == pytest.approx({"accuracy": 62, "reward": 1.5, "learning": 45, "kl": 0.085,
-                                 "grad": 8.5, "share": 45, "seconds": 10 * SECONDS})
-    short = outcome(hand_made(tmp_path, "GRPO", 1, 0.62, rewards=(0.0, 3.0)))
-    assert short["reward"] == 3                         # of fewer than five steps, the last
-    assert short["curve"] == [0, 10]
+    assert got == pytest.approx({"accuracy": 62, "learning": 45, "kl": 0.085, "grad": 8.5,
+                                 "share": 45, "seconds": 10 * SECONDS})
+    short = outcome(hand_made(tmp_path, "GRPO", 1, 0.62, learnt=(0.0, 0.3)))
+    assert short["kl"] == 0.01 and short["curve"] == [0, 30]        # under five steps, the last
 
 
-def test_the_paired_table_by_hand(tmp_path, capsys):
+def test_the_paired_table_by_hand(tmp_path):
     """Differences are taken seed by seed: their interval is far narrower than the accuracies'. A
     seed that the control has not, or the rule, makes no pair."""
-    accuracies = {"GRPO": (0.50, 0.60, 0.70, 0.99), "visual": (0.54, 0.65, 0.73),
-                  "VPPO": (0.50, 0.62, 0.73)}
-    for name, values in accuracies.items():
-        for seed, value in enumerate(values):
-            hand_made(tmp_path, name, seed, value)
-    a = Namespace(out=str(tmp_path), seeds=9)
-    runs = study.collect(dict.fromkeys([*accuracies, "PAPO"], ""), a)
+    found = runs_of(tmp_path, GRPO=(0.50, 0.60, 0.70, 0.99), visual=(0.54, 0.65, 0.73),
+                    VPPO=(0.50, 0.62, 0.73))
+    runs = found["runs"]
     assert {name: list(seeds) for name, seeds in runs.items()} == {
-        name: [str(seed) for seed in range(len(values))] for name, values in accuracies.items()}
-    study.print_tables(runs, ["GRPO", "random 45%"])
-    printed = capsys.readouterr().out
+        "GRPO": ["0", "1", "2", "3"], "visual": ["0", "1", "2"], "VPPO": ["0", "1", "2"]}
+    assert found["start"] == {"accuracy": 40, "kinds": {"order": 40}}
+    assert found["made"] == [{**MADE, "runs": 10}]
+    assert found["commands"] == ["python ktr.py --out OUT/toy/GRPO/seed-0"]
 
     def expected(mean, variance):
         return pytest.approx((mean, 4.3027 * math.sqrt(variance / 3)), rel=1e-4)
-    assert f"64.0 +- {4.3027 * math.sqrt(91 / 3):.1f}" in printed
-    assert "minus GRPO" in printed and "minus random 45%" not in printed
-    found, note = study.compare(runs, ["visual", "VPPO"], "GRPO", "accuracy")
-    mine, other = found["visual"], found["VPPO"]
+    pairs = [("visual", "GRPO"), ("VPPO", "GRPO"), ("PAPO", "GRPO")]
+    rows, note = compare(runs, pairs)
+    assert set(rows) == set(pairs[:2])
+    mine, other = (rows[pair] for pair in pairs[:2])
     assert (mine["mean"], mine["half"]) == expected(4, 1)           # 4, 5, 3
     assert (other["mean"], other["half"]) == expected(5 / 3, 7 / 3)         # 0, 2, 3
     assert mine["pairs"] == 3
-    # with two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t^2); two main rules meet GRPO
+    # with two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t^2); two rules meet GRPO
     t = [4 * math.sqrt(3), 5 / 3 / math.sqrt(7 / 9)]
     p = [1 - x / math.sqrt(2 + x * x) for x in t]
     assert mine["p"] == pytest.approx(2 * p[0]) and other["p"] == pytest.approx(p[1])
-    same, _ = study.compare(runs, ["visual", "VPPO"], "GRPO", "learning")
-    assert same["VPPO"]["p"] == 1
-    line = [x for x in printed.splitlines() if x.startswith("visual")][1]
-    assert line.split()[:8] == ["visual", "3", "+4.0", "+-", "2.5", "p", f"{2 * p[0]:.3f}", "+0.0"]
+    assert compare(runs, pairs, "learning")[0][pairs[1]]["p"] == 1
     # median deviation of the two differences from GRPO: of sqrt 7/3 and 1
     noise = (math.sqrt(7 / 3) + 1) / 2
-    alone, among = detectable(noise, 3), detectable(noise, 3, 0.025)
-    assert f"{alone:.1f} points alone, {among:.1f} among 2" in note and note in printed
-    assert "Holm" in printed
+    assert note == (f"a pair deviates by {noise:.1f} (median); 3 pairs find "
+                    f"{detectable(noise, 3):.1f} alone, {detectable(noise, 3, 0.025):.1f} among 2")
+
+    head, _, *lines = findings.table_of(found).splitlines()
+    cells = [cell.strip() for cell in lines[1].split("|")[1:-1]]
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == [
+        "rule", "seeds", "tokens", "accuracy", "minus GRPO", "p", "learning", "minus GRPO", "p",
+        "KL", "seconds"]
+    assert cells[:3] + cells[4:6] == ["visual", "3", "45%", "+4.0 +- 2.5", f"{2 * p[0]:.3f}"]
+    assert cells[3] == f"64.0 +- {4.3027 * math.sqrt(91 / 3):.1f}" and cells[7] == "+0.0 +- 0.0"
+    assert f"accuracy minus GRPO: {note}." in lines[-1]
+    kinds = findings.kinds_table(found, pairs[:1]).splitlines()
+    assert [re.split(r" *\| *", line)[1:3] for line in kinds[2:]] == [
+        ["the start", "40.0"], ["GRPO", "69.8 +- 33.6"], ["visual minus GRPO", "+4.0 +- 2.5"]]
 
 
-def test_one_seed_has_a_table_without_intervals(tmp_path, capsys):
-    for name in ("GRPO", "visual"):
-        hand_made(tmp_path, name, 0, 0.5)
-    a = Namespace(out=str(tmp_path), seeds=1)
-    runs = study.collect({"GRPO": "", "visual": ""}, a)
-    row = study.compare(runs, ["visual"], "GRPO", "accuracy")[0]["visual"]
-    study.print_tables(runs, ["GRPO"])
-    assert row["mean"] == 0 and math.isnan(row["half"]) and row["pairs"] == 1
-    assert "power" not in capsys.readouterr().out
+def test_one_seed_has_a_table_without_intervals(tmp_path):
+    found = runs_of(tmp_path, GRPO=(0.5,), visual=(0.5,))
+    rows, note = compare(found["runs"], [("visual", "GRPO")])
+    row = rows["visual", "GRPO"]
+    assert row["mean"] == 0 and math.isnan(row["half"]) and row["pairs"] == 1 and note == ""
+    assert "find" not in findings.table_of(found)
+
+
+def test_a_claims_verdict():
+    """By the interval: does it hold what was published, does it leave out 0?"""
+    assert findings.verdict(0.2, 0.3, 2.3) == "disagrees"
+    assert findings.verdict(2.0, 0.5, 2.3) == "agrees"
+    assert findings.verdict(1.0, 1.5, 2.3) == "cannot tell"
+    assert findings.verdict(1.0, math.nan, 2.3) == "cannot tell"        # one pair
+
+
+def test_an_answer_names_what_differs(tmp_path, monkeypatch):
+    """Of three comparisons the one below 5%; of one, whatever it is."""
+    runs = runs_of(tmp_path, GRPO=(0.5, 0.6, 0.7), visual=(0.56, 0.66, 0.76), VPPO=(0.5, 0.6, 0.7),
+                   PAPO=(0.5, 0.62, 0.67))
+    ask = {"all?": ("toy", 3, findings.minus_grpo(("visual", "VPPO", "PAPO"))),
+           "one?": ("toy", 3, [("PAPO", "GRPO")]), "none?": ("long", 8, [("visual", "GRPO")])}
+    monkeypatch.setattr(findings, "QUESTIONS", ask)
+    lines = findings.answers_table({"toy": runs}).splitlines()
+    told = [line.split("|")[3].strip() for line in lines]
+    assert told[2] == ("visual minus GRPO +6.0 +- 0.0 (p <0.001, 3); no difference seen: 2 of 3")
+    assert told[3].startswith("PAPO minus GRPO -0.3 +- ") and told[4] == "no runs yet"
+    plan = findings.plan_table({"studies": {"toy": runs["runs"]}}).splitlines()
+    noise = math.sqrt(19 / 3)                           # of 0, 2, -3
+    assert f"deviates by {noise:.1f} (median); 3 pairs find {detectable(noise, 3):.1f} alone" in (
+        plan[3])
+    assert f"8 pairs find {0:.1f} alone" in plan[4]     # the toy's, where the world has none
+
+
+def test_the_documents_hold_what_the_files_say():
+    """Each block is the one that the command prints, and each interval of the prose is in one."""
+    blocks = findings.blocks_of()
+    printed = "\n".join(blocks.values())
+    for name in findings.DOCUMENTS:
+        text = (ROOT / name).read_text()
+        assert findings.renewed(text, blocks) == text, f"{name}: python -m lab.findings --write"
+        prose = re.sub(r"<!-- [\w ]+ -->\n.*?<!-- end -->", "", text, flags=re.S)
+        if name == "README.md":
+            prose = prose.split("## What we found")[1].split("\n## ")[0]
+        for interval_ in re.findall(r"\d+\.\d\s\+-\s\d+\.\d", prose):
+            assert " ".join(interval_.split()) in printed, f"{name}: {interval_}"
+    shown = re.findall(r"<!-- ([\w ]+) -->\n", (ROOT / "docs/results.md").read_text())
+    used = [name for name in shown if name != "end"]
+    assert len(used) == len(set(used)) and set(used) >= set(blocks) - {"long kinds"}
+
+
+def test_a_block_is_renewed_and_nothing_else():
+    text = "a\n<!-- toy -->\n| 1 |\n<!-- end -->\nb\n<!-- long -->\n<!-- end -->\n"
+    assert findings.renewed(text, {"toy": "| 2 |"}) == (
+        "a\n<!-- toy -->\n| 2 |\n<!-- end -->\nb\n<!-- long -->\nNo runs yet.\n<!-- end -->\n")
+
+
+def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
+    """A panel for each study; of the toy's rules those that are looked at."""
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda *a: drawn.extend(a))
+    hand_made(tmp_path, "GRPO", 1, 0.5, learnt=(0.2,) * 10)
+    toy = runs_of(tmp_path / "more", GRPO=(0.5,), visual=(0.5,), VPPO=(0.5,))
+    toy["runs"]["GRPO"]["1"] = outcome(study.folder_of(tmp_path, Run("toy", "GRPO", 1)))
+    findings.draw({"toy": toy}, tmp_path / "study.html")
+    lines, panels, _ = drawn
+    assert panels == ["toy"] and [line["name"] for line in lines] == ["GRPO", "visual"]
+    assert lines[0]["log"] == {"step": list(range(1, 11)), "toy": list(range(10, 60, 5))}
+
+
+# -------------------------------------------------------------------------------------------- plan
+NOT_YET = {"TW-GRPO", "PGPO", "ToR", "VEPO", "VGPO", "PEPO"}       # on their way
+
+
+def test_what_is_asked_is_planned():
+    """Each question's pairs have the seeds that its power was computed for; claims have theirs."""
+    for name, n, pairs in findings.QUESTIONS.values():
+        seeds = study.STUDIES[name].seeds
+        known = [pair for pair in pairs if set(pair) <= set(seeds)]
+        assert min(seeds[rule] for pair in known for rule in pair) == n, name
+        assert {rule for pair in pairs for rule in pair} - set(seeds) <= NOT_YET
+    for claim, _, name, rule, control in findings.CLAIMS:
+        assert {rule, control} - set(study.STUDIES[name].seeds) <= NOT_YET, claim
+    assert set(findings.ABLATIONS) <= set(study.VARIANTS)
+    assert study.STUDIES["toy"].seeds["visual"] == 20 and set(study.STUDIES) == set(
+        findings.LOOKED_AT)
+
+
+def test_main_rules_come_first_then_seed_by_seed():
+    runs = study.plan(["toy", "order", "demonstration"], None, None)
+    first = [run for run in runs if study.STUDIES[run.study].seeds[run.rule] >= 10]
+    assert runs[:len(first)] == first and first[0] == Run("demonstration", "GRPO", 0)
+    for part in (first, runs[len(first):]):
+        assert [run.seed for run in part] == sorted(run.seed for run in part)
+    assert len(runs) == len(set(runs)) and Run("toy", "visual", 19) in first
+    assert study.plan(["toy"], ["GRPO"], 2) == [Run("toy", "GRPO", 0), Run("toy", "GRPO", 1)]
+
+
+def test_the_demonstration_is_train_shs():
+    """The rate, its warm-up and the steps that `bash train.sh` takes."""
+    script = (ROOT / "train.sh").read_text()
+    demonstration = study.STUDIES["demonstration"]
+    assert demonstration.training == " ".join(re.search(
+        r"(--lr \S+) (--warmup_steps \d+)", script).groups())
+    assert "prompts_per_step $((8 / procs))" in script and demonstration.steps == 1600 // 8
+    assert f"--max_new_tokens {demonstration.tokens} --prompts" in script
+
+
+def test_every_variant_is_a_valid_command_line():
+    for name, options in study.VARIANTS.items():
+        o = parse(["--model", "m", "--data", "d", *study.shlex.split(options)])
+        check_names(o)
+        all_three = [signal.split("_")[0] for signal in o.signals]
+        assert (all_three == ["visual", "temporal", "entropy"]) == name.startswith(
+            ("Video-KTR", "KTR")), name
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -158,42 +291,111 @@ def run_study(monkeypatch, *arguments):
     return study.main()
 
 
-def test_a_small_study_for_real(checkpoint_folder, world, tmp_path, monkeypatch, capsys):
-    """Your own rule is trained and tested; what was there is left alone; a rerun does nothing."""
-    options = "--signals random --ratio 0.3 --G 4"
+@pytest.fixture
+def small(checkpoint_folder, world, tmp_path, monkeypatch):
+    """A toy study of two steps on the tests' own world and checkpoint; its folder."""
+    monkeypatch.setattr(study, "VARIANTS", {
+        "GRPO": "--signals all", "mine": "--signals random --ratio 0.3 --G 4"})
+    seeds = {"GRPO": 3, "mine": 2}
+    monkeypatch.setattr(study, "STUDIES", {"toy": Study(seeds, tokens=8, steps=2)})
+    monkeypatch.setattr(study, "CONTROLS", ("GRPO",))
+    monkeypatch.setattr(study, "start_of", lambda out, name: checkpoint_folder)
+    monkeypatch.setenv("COMMIT", "abc")
+    study.made_here.cache_clear()
+    (tmp_path / "worlds").mkdir()
+    (tmp_path / "worlds" / "toy").symlink_to(world)
+    started(tmp_path)
+    return tmp_path
+
+
+def test_a_small_study_for_real(small, monkeypatch, capsys):
+    """A rule is trained and tested; what was there is left alone; a rerun does nothing."""
     for seed in range(2):
-        hand_made(tmp_path, "GRPO", seed, 0.25, rewards=(0.0, 1.0))
-    hand_made(tmp_path, "mine", 0, 0.5, rewards=(0.0, 1.0))
-    command = ["--only", "GRPO", "--add", f"mine={options}", "--seeds", 2, "--steps", 2,
-               "--max_new_tokens", 8,
-               "--world", world, "--model", checkpoint_folder, "--out", tmp_path]
-    kept = [tmp_path / "GRPO" / "seed-0" / "log.jsonl", tmp_path / "mine" / "seed-0" / "log.jsonl"]
-    times = [path.stat().st_mtime_ns for path in kept]
+        run = hand_made(small, "GRPO", seed, 0.25, learnt=(0.0, 0.5))
+        commands = study.commands_of(small, Run("toy", "GRPO", seed), "--signals all")
+        made = {"commands": commands, "rules": [], "made": MADE}
+        (run / "study.json").write_text(json.dumps(made))
+    command = ["toy", "--seeds", 1, "--out", small]
+    kept = small / "toy" / "GRPO" / "seed-0" / "log.jsonl"
+    time = kept.stat().st_mtime_ns
     run_study(monkeypatch, *command, "--jobs", 2)
-    run = tmp_path / "mine" / "seed-1"
+    run = small / "toy" / "mine" / "seed-0"
     found = json.loads((run / "options.json").read_text())
     names = ("signals", "ratio", "seed", "lr", "max_steps")
-    assert [found[name] for name in names] == [["random"], 0.3, 1, 7e-5, 2]
-    log = study.read_log(run)
+    assert [found[name] for name in names] == [["random"], 0.3, 0, 7e-5, 2]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2]
     assert all(row["prompts"] == 8 and 0.3 <= row["key_share"] < 0.36 for row in log)
-    assert json.loads((run / "after" / "scores.json").read_text())["scores"]["all"]["n"] == 24
-    saved = json.loads((tmp_path / "study.json").read_text())
-    assert set(saved["runs"]) == {"GRPO", "mine"} and saved["variants"]["mine"] == options
-    assert saved["runs"]["mine"]["1"] == outcome(run)
-    assert saved["runs"]["GRPO"]["1"]["accuracy"] == 25
-    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert study.scores_in(run)["all"]["n"] == 24
+    saved = json.loads((small / "study_toy.json").read_text())
+    assert saved["rules"] == study.VARIANTS and saved["runs"]["mine"] == {"0": outcome(run)}
+    assert saved["runs"]["GRPO"]["1"]["accuracy"] == 25         # finished, though not asked for
+    here, *before = sorted(saved["made"], key=lambda made: made["runs"])
+    assert before == [{**MADE, "runs": 2}] and here["commit"] == "abc" and here["runs"] == 1
+    assert here["torch"] == torch.__version__ and "cores" in here["machine"]
+    assert kept.stat().st_mtime_ns == time
 
-    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: pytest.fail(f"started: {a}"))
+    monkeypatch.setattr(study, "call", lambda *a: pytest.fail(f"started: {a}"))
     capsys.readouterr()
     run_study(monkeypatch, *command)
-    assert json.loads((tmp_path / "study.json").read_text())["runs"] == saved["runs"]
-    printed = capsys.readouterr().out
-    run_study(monkeypatch, "--table", tmp_path / "study.json")
-    again = capsys.readouterr().out
-    assert printed.startswith(again) and "minus GRPO" in again          # then come the curves
-    with pytest.raises(RuntimeError, match="seed-1 holds a run under other options"):
-        run_study(monkeypatch, *command, "--steps", 3)
+    assert json.loads((small / "study_toy.json").read_text()) == saved
+    assert findings.table_of(saved) in capsys.readouterr().out
+    monkeypatch.setitem(study.VARIANTS, "mine", "--signals random")
+    with pytest.raises(RuntimeError, match="seed-0 holds a run under other options"):
+        run_study(monkeypatch, *command)
+
+
+def test_the_time_ends_a_command_gently(tmp_path):
+    """SIGTERM, and time to save; nothing is begun after the limit. What fails is told."""
+    script = ("import signal, sys, time; from pathlib import Path\n"
+              "def save(*_): time.sleep(0.2); Path(sys.argv[1]).touch(); sys.exit(143)\n"
+              "signal.signal(signal.SIGTERM, save); time.sleep(60)")
+    with pytest.raises(TimeoutError):
+        study.call(["-c", script, str(tmp_path / "saved")], study.time.monotonic() + 0.5)
+    assert (tmp_path / "saved").exists()
+    stubborn = script.replace("save(*_): time", "save(*_): time.sleep(60); time")
+    with pytest.raises(TimeoutError):
+        study.call(["-c", stubborn, str(tmp_path / "lost")], study.time.monotonic() + 0.5, 0.1)
+    with pytest.raises(TimeoutError):
+        study.train_and_test(tmp_path, Run("toy", "GRPO", 0), "", study.time.monotonic())
+    assert not (tmp_path / "toy").exists()
+    assert study.call(["-c", ""], math.inf) is None
+    assert "ValueError: x" in study.call(["-c", "raise ValueError('x')"], math.inf)
+
+
+def test_a_run_that_the_time_ended_is_continued(small, monkeypatch):
+    """It has no score; the next call gives the same command, and only the test where training is
+    done. Others' scores are kept."""
+    seen = []
+
+    def ended(command, until):
+        seen.append(command[0])
+        raise TimeoutError
+    monkeypatch.setattr(study, "call", ended)
+    hand_made(small, "GRPO", 0, 0.5)
+    command = ["--out", small, "--jobs", 1, "--only", "mine", "--seeds", 1]
+    run_study(monkeypatch, *command, "--minutes", 0.5)
+    assert seen == ["ktr.py"]
+    assert list(json.loads((small / "study_toy.json").read_text())["runs"]) == ["GRPO"]
+    run_study(monkeypatch, *command)
+    (small / "toy" / "mine" / "seed-0" / "final").mkdir()
+    run_study(monkeypatch, *command)
+    assert seen == ["ktr.py", "ktr.py", "evaluate.py"]
+
+
+def test_worlds_and_starts_are_made_where_they_miss(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(study, "call", lambda command, until: called.append(command))
+    study.prepare(tmp_path, "long", math.inf)
+    assert [command[:2] for command in called] == [
+        ["-m", "lab.toy"], ["-m", "lab.cold_start"], ["evaluate.py", "--model"]]
+    assert called[2][2] == called[1][2] == str(tmp_path / "starts" / "long")
+    study.prepare(tmp_path, "toy", math.inf)            # its start is shipped
+    assert [command[0] for command in called[3:]] == ["-m", "evaluate.py"]
+    assert called[4][2] == str(ROOT / "cold_start")
+    monkeypatch.setattr(study, "call", lambda *_: "error: no room")
+    with pytest.raises(RuntimeError, match="lab.toy make .*\nerror: no room"):
+        study.prepare(tmp_path, "order", math.inf)
 
 
 RULE = """import torch
@@ -210,33 +412,31 @@ WEIGHTS["late"] = late
 """
 
 
-def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path, monkeypatch,
-                                             capsys):
+def test_a_rule_in_a_file_meets_its_controls(small, checkpoint_folder, monkeypatch, capsys):
     """Once it is trained (see below): tabled, its tokens looked at."""
     monkeypatch.setattr(study, "page", partial(study.page, questions=2))
     monkeypatch.setattr(study, "try_one_step", lambda *_: None)
+    monkeypatch.setattr(study, "train_and_test", lambda *_: None)
     monkeypatch.setattr(ktr, "accuracy_reward", lambda text, *_: float(len(text) % 3))
-    for seed, rewards in enumerate([(0.0, 1.0), (1.0, 4.0), (2.0, 1.0)]):
-        hand_made(tmp_path, "GRPO", seed, 0.25, rewards)
-        hand_made(tmp_path, "late", seed, 0.5, rewards=(2.0, 2.0))
-    (tmp_path / "late" / "seed-0" / "final").symlink_to(checkpoint_folder)
-    file = tmp_path / "late.py"
+    for seed, learnt in enumerate([(0.0, 1.0), (1.0, 4.0), (2.0, 1.0)]):
+        hand_made(small, "GRPO", seed, 0.25, learnt)
+        hand_made(small, "late", seed, 0.5, learnt=(2.0, 2.0))
+    (small / "toy" / "late" / "seed-0" / "final").symlink_to(checkpoint_folder)
+    file = small / "late.py"
     file.write_text(RULE)
-    command = ["--rule", file, "--only", "GRPO", "--seeds", 3, "--steps", 2, "--world", world,
-               "--model", checkpoint_folder, "--out", tmp_path, "--max_new_tokens", 8]
-    run_study(monkeypatch, *command)
+    run_study(monkeypatch, "--rule", file, "--seeds", 3, "--out", small)
     printed = capsys.readouterr().out
     assert "passes a step, the reference's apart: 1 sampling, 1 with gradient" in printed
-    lines = [line for line in printed.splitlines() if line.startswith("late ")]
-    measures, table, words, gradient = lines
-    assert "45%" in measures and "p" in table.split()
+    lines = [line for line in printed.splitlines() if re.match(r"(\| )?late ", line)]
+    table, words, gradient = lines
+    assert "| +25.0 +- 0.0 | <0.001 |" in table
     assert "%" in words and "norm: key tokens" in gradient
-    run = tmp_path / "late" / "seed-0"
+    run = small / "toy" / "late" / "seed-0"
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for completion in (c for row in rows for c in row["completions"]):
         weights, n = completion["signals"]["late"], len(completion["tokens"])
         assert weights == list(range(n)) and set(completion["signals"]) >= {"visual", "entropy"}
-    page = (tmp_path / "late.html").read_text()
+    page = (small / "late.html").read_text()
     content = json.loads(re.search(r'id="data">(.*)</script>', page)[1])
     shown = {run["name"]: run for run in content["runs"]}
     assert list(shown) == ["late (3)", "GRPO (3)"]
@@ -251,86 +451,54 @@ def test_a_rule_in_a_file_meets_its_controls(checkpoint_folder, world, tmp_path,
 
 
 def test_a_rule_that_has_changed_is_not_taken_for_the_old_one(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: started.append(command) or
-                        Namespace(returncode=0))
-    file = tmp_path / "late.py"
-    a = Namespace(out=str(tmp_path), model="m", world="w", steps=2, max_new_tokens=8)
+    called = []
+    monkeypatch.setattr(study, "call", lambda command, until: called.append(command))
+    file, run = tmp_path / "late.py", Run("toy", "late", 0)
     for text in (RULE, RULE, RULE + "# another"):
         file.write_text(text)
         if text != RULE:
             with pytest.raises(RuntimeError, match="another text of its rule"):
-                study.train_and_test("late", 0, f"--rule {file}", a)
+                study.train_and_test(tmp_path, run, f"--rule {file}")
         else:
-            study.train_and_test("late", 0, f"--rule {file}", a)
-    assert len(started) == 4 and str(file) in started[0]
+            study.train_and_test(tmp_path, run, f"--rule {file}")
+    assert len(called) == 4 and str(file) in called[0]
 
 
-def test_an_error_in_a_rules_file_ends_the_study_in_one_line(checkpoint_folder, world, tmp_path,
-                                                             monkeypatch):
-    file = tmp_path / "late.py"
+def test_an_error_in_a_rules_file_ends_the_study_in_one_line(small, monkeypatch):
+    file = small / "late.py"
     file.write_text(RULE.replace(".expand_as(r.logp) * r.group.completion_mask", ""))
     with pytest.raises(SystemExit) as stop:
-        run_study(monkeypatch, "--rule", file, "--world", world, "--model", checkpoint_folder,
-                  "--out", tmp_path)
+        run_study(monkeypatch, "--rule", file, "--out", small)
     assert str(stop.value).startswith("error: weighting late: expected a tensor of shape (4, ")
-    assert "\n" not in str(stop.value) and not (tmp_path / "late").exists()
+    assert "\n" not in str(stop.value) and not (small / "toy").exists()
 
 
-def test_a_rules_traceback_is_told_with_its_place(checkpoint_folder, world, tmp_path, monkeypatch):
-    file = tmp_path / "late.py"
-    file.write_text(RULE.replace("r.logp", "r.lgp"))
-    with pytest.raises(SystemExit, match=r"AttributeError: .*lgp.*\non rank 0 in step 1, with"):
-        run_study(monkeypatch, "--rule", file, "--world", world, "--model", checkpoint_folder,
-                  "--out", tmp_path)
+def test_a_rules_traceback_is_told_with_its_place(tmp_path, monkeypatch):
+    printed = "Traceback ..\nAttributeError: lgp\non rank 0 in step 1, with 'a.y4m'\n"
+    monkeypatch.setattr(study, "call", lambda *_: printed)
+    with pytest.raises(SystemExit) as stop:
+        study.try_one_step(tmp_path, "")
+    assert str(stop.value) == "AttributeError: lgp\non rank 0 in step 1, with 'a.y4m'"
 
 
-def test_a_rules_file_that_selects_nothing_is_refused(world, tmp_path, monkeypatch):
-    (tmp_path / "late.py").write_text(RULE.replace("OPTIONS", "OPTION"))
+def test_a_rules_file_that_selects_nothing_is_refused(small, monkeypatch):
+    (small / "late.py").write_text(RULE.replace("OPTIONS", "OPTION"))
     with pytest.raises(SystemExit, match="late.py has no OPTIONS: nothing selects"):
-        run_study(monkeypatch, "--rule", tmp_path / "late.py", "--world", world)
+        run_study(monkeypatch, "--rule", small / "late.py", "--out", small)
 
 
-def test_a_failing_run_is_named_with_what_it_printed(world, tmp_path, monkeypatch):
-    def broken(command, **_):
-        return Namespace(returncode=1, stdout="", stderr="error: something")
-    monkeypatch.setattr(study.subprocess, "run", broken)
-    hand_made(tmp_path, "GRPO", 0, 0.5)
-    told = r"(?s)mine, seed 0: .*ktr.py.*--signals mine.*error: something"
+def test_a_failing_run_is_named_with_what_it_printed(small, monkeypatch):
+    monkeypatch.setattr(study, "call", lambda *_: "error: something")
+    told = r"(?s)toy, mine, seed 0: .*ktr.py.*--ratio 0.3.*error: something"
     with pytest.raises(RuntimeError, match=told):
-        run_study(monkeypatch, "--only", "GRPO", "--add", "mine=--signals mine", "--seeds", 1,
-                  "--world", world, "--out", tmp_path)
+        run_study(monkeypatch, "--only", "mine", "--seeds", 1, "--out", small)
 
 
-@pytest.mark.parametrize("wrong", [["--only", "GRPOO"], ["--add", "mine"], ["--seeds", "0"],
-                                   ["--minutes", "-1"]])
+@pytest.mark.parametrize("wrong", [["--only", "GRPOO"], ["toys"], ["--seeds", "0"],
+                                   ["--jobs", "0"], ["--minutes", "-1"]])
 def test_wrong_options_are_refused(wrong, monkeypatch):
     with pytest.raises(SystemExit):
         run_study(monkeypatch, *wrong)
-
-
-def test_a_run_that_the_time_ends_leaves_no_score(tmp_path, monkeypatch, world):
-    """It is repeated by the next call; after the limit nothing is begun."""
-    seen = []
-
-    def endless(command, timeout, **_):
-        seen.append(timeout)
-        raise study.subprocess.TimeoutExpired(command, timeout)
-    monkeypatch.setattr(study.subprocess, "run", endless)
-    hand_made(tmp_path, "GRPO", 0, 0.5)
-    command = ["--only", "GRPO", "--seeds", 2, "--world", world, "--out", tmp_path, "--jobs", 1]
-    run_study(monkeypatch, *command, "--minutes", 0.5)
-    assert len(seen) == 1 and 0 < seen[0] <= 30
-    assert list(json.loads((tmp_path / "study.json").read_text())["runs"]["GRPO"]) == ["0"]
-
-
-def test_every_variant_is_a_valid_command_line():
-    for name, options in study.VARIANTS.items():
-        o = parse(["--model", "m", "--data", "d", *study.shlex.split(options)])
-        check_names(o)
-        all_three = [signal.split("_")[0] for signal in o.signals]
-        assert (all_three == ["visual", "temporal", "entropy"]) == name.startswith(
-            ("Video-KTR", "KTR")), name
 
 
 # ---------------------------------------------------------------------------------------- gradients
