@@ -108,7 +108,7 @@ class Study:
 STUDIES = {
     "demonstration": Study(dict.fromkeys((*CONTROLS, "KTR 50%"), 10), steps=200,
                            training="--lr 5e-5 --warmup_steps 10"),             # train.sh's
-    "long": Study({rule: 8 for rule in findings.LONG if rule in VARIANTS}, "long", tokens=192),
+    "long": Study(dict.fromkeys(findings.LONG, 8), "long", tokens=192),
     "order": Study(dict.fromkeys(
         ("GRPO", "random 20%", "temporal", "visual", "temporal reversed"), 10), "order"),
     "toy": Study({**{rule: 9 for rule in VARIANTS if rule != "temporal reversed"},
@@ -266,12 +266,13 @@ def run_all(out: Path, runs: list[Run], variants: dict[str, str], jobs: int, unt
 
 
 def plan(studies: list[str], only: list[str] | None, seeds: int | None) -> list[Run]:
-    """Rules with ten seeds or more first: the main questions are theirs. Then seed by seed, so that
-    a cut leaves whole ones."""
+    """Rules with ten seeds or more first: the main questions are theirs. Ablations last. Seed by
+    seed, so that a cut leaves whole ones."""
     runs = [Run(name, rule, seed) for name in STUDIES if name in studies
             for rule, most in STUDIES[name].seeds.items() if only is None or rule in only
             for seed in range(min(most, seeds or most))]
-    return sorted(runs, key=lambda run: (STUDIES[run.study].seeds[run.rule] < 10, run.seed))
+    return sorted(runs, key=lambda run: (STUDIES[run.study].seeds[run.rule] < 10,
+                                         run.rule in findings.ABLATIONS, run.seed))
 
 
 # ------------------------------------------------------------------------------------------ results

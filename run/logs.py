@@ -42,11 +42,12 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        spent, cuda = dict.fromkeys(PHASES, 0.0), self.device.type == "cuda"
+        spent, cuda = {}, self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
         for (_, begun), (phase, ended) in pairwise(self.marks):
-            spent[phase] += begun.elapsed_time(ended) / 1000 if cuda else ended - begun
+            seconds = begun.elapsed_time(ended) / 1000 if cuda else ended - begun
+            spent[phase] = spent.get(phase, 0.0) + seconds
         return spent
 
 
@@ -117,8 +118,7 @@ def line_with(row: dict) -> str:
 
 
 def lost_records(out: Path) -> dict[int, str]:
-    """{row: reason} of the records that a run lost decoders to, so that it does not try them again
-    when it goes on."""
+    """{row: reason} of the records that ended a decoder, which a continued run does not try."""
     rows = [row for path in out.glob("skipped.*.jsonl") for row in rows_of(path)]
     return {row["row"]: row["reason"] for row in rows if row.get("lost")}
 
@@ -176,7 +176,7 @@ class Log:
         row = {"step": step, **means, **more, "tokens": sums["tokens"],
                "prompts": sums["prompts"], "seconds": seconds,
                "tokens_per_second": sums["tokens"] / seconds,
-               **{f"seconds_{name}": value for name, value in spent.items()},
+               **{f"seconds_{name}": spent.get(name, 0.0) for name in PHASES},
                "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
         self.append("log.jsonl", row)
         tqdm.write(line_of(row, steps))

@@ -140,7 +140,7 @@ def test_the_final_model_loads_anywhere(whole_run, checkpoint_folder):
     assert AutoTokenizer.from_pretrained(final).chat_template
     assert json.loads((final / "preprocessor_config.json").read_text())["patch_size"] == 14
     card = (final / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {checkpoint_folder}\nlibrary_name: transformers\n")
+    assert card.startswith(f"---\nbase_model: {checkpoint_folder}\npipeline_tag: ")
     assert "after 6 steps" in card
     used = json.loads(card.split("```json")[1].split("```")[0])
     assert used["signals"][0] == "visual" and used["lr"] == 1e-3 and used["processes"] == 1

@@ -167,12 +167,12 @@ def test_the_watched_prompt_is_the_runs_first(make):
     o = Options(max_steps=6)
     ((first,), (second,)) = rows_taken(make(o), [0, 1])
     for s in (make(o), make(o, step=4, place=4), make(o, world=2)):
-        prompt, seed = s.watched(set(), None)
+        prompt, seed = s.watched(set())
         assert prompt.record["row"] == first and seed == seed_of(o, -1)
-    prompt, _ = make(o, left_out={first}).watched({first}, None)
+    prompt, _ = make(o, left_out={first}).watched({first})
     assert prompt.record["row"] == second
     BAD.add(first)
-    assert make(o).watched(set(), None) is None
+    assert make(o).watched(set()) is None
 
 
 def test_a_lost_decoder_keeps_its_place_when_a_run_goes_on(make, tmp_path):
