@@ -271,8 +271,13 @@ def plan(studies: list[str], only: list[str] | None, seeds: int | None) -> list[
     runs = [Run(name, rule, seed) for name in STUDIES if name in studies
             for rule, most in STUDIES[name].seeds.items() if only is None or rule in only
             for seed in range(min(most, seeds or most))]
-    return sorted(runs, key=lambda run: (STUDIES[run.study].seeds[run.rule] < 10,
-                                         run.rule in findings.ABLATIONS, run.seed))
+
+    def turn(run: Run) -> tuple[int, int]:
+        if STUDIES[run.study].seeds[run.rule] >= 10:
+            return 0, run.seed
+        return 2 if run.rule in findings.ABLATIONS else 1, run.seed
+
+    return sorted(runs, key=turn)
 
 
 # ------------------------------------------------------------------------------------------ results
