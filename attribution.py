@@ -1,7 +1,7 @@
 """Attribution: which tokens carry the gradient (paper, section 3.2).
 
     visual    eq. 2   |logp(y_t | v, q, y_<t) - logp(y_t | v masked,   q, y_<t)|
-    temporal  eq. 3   |logp(y_t | v, q, y_<t) - logp(y_t | v shuffled, q, y_<t)|    videos only
+    temporal  eq. 3   |logp(y_t | v, q, y_<t) - logp(y_t | v shuffled, q, y_<t)|    no images
     entropy   eq. 4   -sum_w p_w log p_w
     key mask  eq. 5   the union of the top r of each signal's tokens
 
@@ -31,9 +31,9 @@ class RuleError(ValueError):
 
 # ---------------------------------------------------------------------------------- counterfactuals
 def mask_video(r: "Rollout", o: "Options") -> "Prompt":
-    """The prompt without its video tokens (eq. 2). A token that is hidden from attention reaches no
-    other token, so leaving it out gives the same log-probabilities at no cost. Text keeps its own
-    positions; under `--positions moved` it closes the gap, as in the released code."""
+    """The prompt without its video's (or image's) tokens (eq. 2). A token that is hidden from
+    attention reaches no other one, so leaving it out gives the same log-probabilities and costs
+    nothing. Text stays at its own positions, or closes the gap (`--positions moved`)."""
     p, text = r.prompt, ~r.prompt.visual                                            # (P,)
     ids, positions, following = p.ids[text], p.positions[:, text], p.next_position
     if o.positions == "moved":
@@ -80,7 +80,7 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
     """(G, T) bool: the ceil(ratio * n) best-scored of the pool's n valid tokens, no invalid one.
 
     scores (G, T), valid (G, T) bool: the completion mask.
-    pool: "group" ranks the tokens of all G rollouts together, "response" each row by itself.
+    pool: "group" ranks the tokens of all G completions together, "response" each row by itself.
     ties: "exact" keeps the earlier token (row by row, then position). "threshold" keeps every
     token that reaches the (1 - ratio) quantile, so that ties exceed the ratio (released code).
     ValueError for a ratio outside 0..1, an unknown pool or ties, or a valid score that is NaN.
@@ -113,7 +113,7 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
 
 def union(masks: dict[str, Tensor], valid: Tensor) -> Tensor:
     """(G, T) bool: the tokens in any of the signals' masks."""
-    return sum(masks.values(), torch.zeros_like(valid, dtype=torch.bool))       # + of bool is "or"
+    return torch.stack([torch.zeros_like(valid, dtype=torch.bool), *masks.values()]).any(0)
 
 
 def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float] | float,
@@ -132,7 +132,7 @@ COUNTERFACTUALS: dict[str, Callable[["Rollout", "Options"], "Prompt"]] = {
     "visual": mask_video,
     "temporal": shuffle_frames,
 }
-# (r, o) -> scores (G, T)
+# (r, o) -> scores (G, T), or r.prompt where a signal does not apply
 SCORES: dict[str, Callable[["Rollout", "Options"], Tensor]] = {
     "entropy": lambda r, o: r.entropy,                                  # eq. 4
     "random": lambda r, o: torch.rand(r.logp.shape, generator=r.generator).to(r.logp.device),

@@ -4,8 +4,8 @@
     J   = mean_i 1/|o_i| sum_t m_t [ min(rho A_i, clip(rho, 1-c, 1+c) A_i) - beta KL_t ]
     rho = exp(logp - old_logp),   KL_t = exp(x) - x - 1,  x = ref_logp - logp clamped to +-10
 
-`completion_mask` marks the tokens that bear the loss, up to and with the first end token;
-`key_mask` marks those of them that carry the gradient. Neither is ever used in place of the other.
+`completion_mask` marks the completions' tokens, up to and with the first end token (but for those
+that --filter or --mask_cut leave out of the loss); `key_mask`, those that carry the gradient.
 Pure tensor functions; this file needs torch alone.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """Advantages (..., G) of rewards (..., G): centred, over the sample standard deviation (n-1).
 
-    A group whose rewards are all equal teaches nothing and gets exactly 0 (so does a group of one).
+    A group whose rewards are all equal gets exactly 0 (as does a group of one): only the KL pulls.
     """
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     centred = rewards - rewards.mean(-1, keepdim=True)

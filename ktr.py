@@ -161,9 +161,9 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
 
 def loss_divisor(o: Options, rollouts: list[Rollout], ranks: int,
                  device: torch.device) -> float | None:
-    """What divides the sum over a group's tokens: under --normalize tokens, the tokens of the step
-    that bear the loss, on all ranks, over its prompts; under constant, what G completions of the
-    longest length would have."""
+    """What divides the sum over a group's tokens. --normalize tokens: the tokens of the step that
+    bear the loss, on all ranks, divided by its prompts; constant: G x max_new_tokens; else None:
+    each row has its own."""
     if o.normalize == "tokens":
         tokens = all_reduce_sum({"tokens": sum(float(r.loss_mask.sum()) for r in rollouts)}, device)
         return max(1.0, tokens["tokens"]) / (o.prompts_per_step * ranks)

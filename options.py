@@ -53,7 +53,7 @@ class Options:
     videos: str = option("", "folder that the records' paths start from (default: the data's)")
     out: str = option("runs/ktr", "folder for checkpoints, log.jsonl and samples.jsonl")
     leave_out: str = option("", "list of records to pass over, as `python data.py check` writes it")
-    preset: str = one_of("paper", "released", help="sets all options in which the two differ")
+    preset: str = one_of("paper", "released", help="the defaults, or as the authors' code")
     rule: list[str] = option([], "Python files that register rules; your options beat theirs")
     # ---- the method: which tokens carry the gradient
     signals: list[str] = option(["visual", "temporal", "entropy"], "names of signals, separated by "
@@ -63,7 +63,7 @@ class Options:
                         "how far its log-probability moves, how far it falls, or the KL by k3")
     positions: str = one_of("unchanged", "moved", help="positions of the text when the video is "
                             "masked: unchanged, or moved up to close the gap")
-    pool: str = one_of("group", "response", help="whose tokens compete for the top share")
+    pool: str = one_of("group", "response", help="ranks tokens over the group, or each response")
     ties: str = one_of("exact", "threshold", help="of n tokens, keep ceil(ratio n), or all "
                        "that reach the (1 - ratio) quantile")
     # ---- the method: rewards
