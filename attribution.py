@@ -152,15 +152,13 @@ def attribute(rollouts: list["Rollout"], o: "Options",
     is called once for each counterfactual. RuleError if what a rule returns cannot be used.
     """
     for name in o.signals:
+        asked = [(r, given) for r in rollouts if (given := ask(name, r, o)) is not r.prompt]
         if name in SCORES:
-            for r in rollouts:
-                if (scores := SCORES[name](r, o)) is not r.prompt:
-                    r.scores[name] = scores
+            for r, scores in asked:
+                r.scores[name] = scores
             continue
-        changed = [(r, prompt) for r in rollouts
-                   if (prompt := counterfactual(name, r, o)) is not r.prompt]
-        found = score([prompt for _, prompt in changed], [r.group for r, _ in changed])
-        for (r, _), counterfactual_logp in zip(changed, found):
+        found = score([prompt for _, prompt in asked], [r.group for r, _ in asked])
+        for (r, _), counterfactual_logp in zip(asked, found):
             r.scores[name] = shift(r.logp.detach(), counterfactual_logp, o.shift)   # eq. 2, 3
     for r in rollouts:          # after all passes, since reading a number waits for the GPU
         for name, scores in r.scores.items():
@@ -173,18 +171,21 @@ def attribute(rollouts: list["Rollout"], o: "Options",
         r.key_mask = check_output(f"weighting {o.weighting}", weights, r.logp, minimum=0)
 
 
-def counterfactual(name: str, r: "Rollout", o: "Options") -> "Prompt":
-    """The prompt that a signal shows in place of r.prompt; RuleError if it cannot replace it."""
-    frames, version = r.prompt.frames, r.prompt.frames._version
-    changed = COUNTERFACTUALS[name](r, o)
-    if changed is None:
-        raise RuleError(f"signal {name} returned nothing; where it does not apply, return r.prompt")
-    if frames._version != version:
-        raise RuleError(f"signal {name} changed r.prompt.frames in place; change a clone() of them")
-    if changed.frames is not None and changed.grid != r.prompt.grid:
-        raise RuleError(f"signal {name}: frames of shape {tuple(changed.frames.shape)} cannot "
-                        f"stand for those of shape {tuple(frames.shape)}")
-    return changed
+def ask(name: str, r: "Rollout", o: "Options") -> "Tensor | Prompt":
+    """Scores, or the prompt that a signal shows instead; RuleError if these cannot be used."""
+    lent = (r.prompt.frames, r.prompt.ids, r.prompt.visual, r.group.completion_mask, r.logp)
+    before = [x._version for x in lent]
+    given = (SCORES.get(name) or COUNTERFACTUALS[name])(r, o)
+    if [x._version for x in lent] != before:
+        raise RuleError(f"signal {name} changed what r holds in place; change a clone() of it")
+    if name in SCORES:
+        return given
+    if not hasattr(given, "frames"):
+        raise RuleError(f"signal {name} gave no prompt; where it does not apply, return r.prompt")
+    if given.frames is not None and given.grid != r.prompt.grid:
+        raise RuleError(f"signal {name}: frames of shape {tuple(given.frames.shape)} cannot stand "
+                        f"for those of shape {tuple(r.prompt.frames.shape)}")
+    return given
 
 
 def check_output(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,

@@ -179,7 +179,7 @@ def main(a: argparse.Namespace) -> dict | None:
         return report({"benchmark": a.benchmark or "custom", **settings}, rows)
     try:
         load_processor(a.model)
-    except ValueError as error:                 # a model of another family
+    except (ValueError, LookupError, AttributeError) as error:      # of another architecture
         raise SystemExit(f"error: --model {a.model}: {error}") from None
     return one_question(a) if a.video else run(a)
 

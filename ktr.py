@@ -8,7 +8,6 @@ One step of `main`:
     step        clip, AdamW, cosine; log and save
 
     torchrun --nproc_per_node 8 ktr.py --model DIR --data train.json --videos DIR --out runs/ktr
-    python ktr.py --help
 
 Where the paper and the released code differ there is an option; --preset sets them all
 (docs/choices.md). With one update a rollout, old and new log-probabilities are equal, rho is 1 and
@@ -52,7 +51,7 @@ def sample_rollouts(o: Options, model: nn.Module, processor: Processor,
     for r in rollouts:
         r.accuracy, r.format = answer_rewards(o, processor, r.group, r.prompt.record)
     given = EXTRA_REWARDS[o.extra_reward](rollouts, o, model, partial(completion_texts, processor))
-    for r, extra in zip(rollouts, given, strict=True):
+    for r, extra in zip(rollouts, given or [None] * len(rollouts), strict=True):
         r.extra_reward = check_output(f"extra reward {o.extra_reward}", extra, r.accuracy)
         add_rewards(o, r, r.group.completion_mask)
     return rollouts
@@ -221,7 +220,8 @@ def main(o: Options) -> None:
                 clock("step")
         stopping = t.end_step(sums, norm, lr, clock)                                # log and save
         if t.samples_due():
-            t.log_samples(rollouts[:1], watched_rollout(o, t) if t.watched else None)
+            with t.name_errors(step):
+                t.log_samples(rollouts[:1], watched_rollout(o, t) if t.watched else None)
         t.save_when_due(stopping)
     t.end()
 

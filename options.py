@@ -1,7 +1,5 @@
-"""The options of a run: the method's, then other papers', then how it is run.
-
-PRESETS sets all choices in which the paper's text and the released code differ (docs/choices.md).
-"""
+"""The options of a run: the method's, then other papers', then how it is run. PRESETS sets all in
+which the paper's text and the released code differ (docs/choices.md)."""
 
 import math
 import os

@@ -49,7 +49,7 @@ def nucleus_border(p: Tensor, top_p: float) -> Tensor:
         return border_by_bits(p, top_p)
     likeliest = p.sort(-1, descending=True).values
     inside = likeliest.cumsum(-1) - likeliest < top_p
-    last = likeliest.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    last = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))    # of NaN none is
     return last.nextafter(torch.zeros(()))
 
 

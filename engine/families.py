@@ -30,6 +30,7 @@ FAMILIES = {                                            # by their config's mode
     "qwen2_5_vl": Family("Qwen2.5-VL", Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": Family("Qwen3-VL", Qwen3VLForConditionalGeneration, True),
 }
+HUB_NAME = re.compile(r"\w[\w.-]*/(?!final$|checkpoint-\d+$)[\w.-]+")      # no run's folder
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -39,7 +40,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 def read_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint's folder or hub name (ORGANISATION/MODEL). OSError where there is
     none; ValueError for another family."""
-    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
         raise OSError(f"{name}: no such folder")
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         hint = f"; the run's model is {name}/final" if Path(name, "final").exists() else ""

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lab.grading import grade
@@ -29,12 +30,12 @@ def predictions_in(path: str | Path) -> Path:
 
 def whole_lines(path: Path) -> list:
     """The lines of a file that are JSON; says how many are not."""
-    rows, lines = [], [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+    rows, text = [], path.read_text("utf-8", errors="replace")
+    lines = [line for line in text.split("\n") if line.strip()]
     for line in lines:
-        try:
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
+    rows = [row for row in rows if isinstance(row, dict)]
     print(f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are torn and left out; their "
           "questions are asked again where the run is continued")
     return rows
@@ -52,6 +53,7 @@ def read_predictions(path: str | Path) -> tuple[dict, list[dict]]:
             raise error from None
     if rows and isinstance(rows[0], dict) and "settings" in rows[0]:
         settings = rows.pop(0)["settings"]
+        rows = [row for row in rows if isinstance(row, dict)]       # a torn line may be JSON
     elif not rows:
         raise BadRecord(f"{path}: holds no predictions")
     for number, given in enumerate(rows):

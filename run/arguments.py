@@ -51,9 +51,10 @@ def load_rule(file: str) -> list[str]:
     rule = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(rule)
-    except (SyntaxError, ImportError, NameError, AttributeError) as error:
+        return shlex.split(getattr(rule, "OPTIONS", ""))
+    except (SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError,
+            ValueError) as error:
         raise SystemExit(f"error: --rule {file}: {type(error).__name__}: {error}") from None
-    return shlex.split(getattr(rule, "OPTIONS", ""))
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -74,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     found = Namespace(**PRESETS.get(preset, {}))
     for file, words in zip(files, rules):
         parser.where = f"{file}: OPTIONS: "
-        if "--rule" in words:
+        if any(word.split("=")[0] == "--rule" for word in words):
             parser.error("a rule cannot name another --rule")
         found = parser.parse_args(words, found)
     parser.where = ""

@@ -36,21 +36,21 @@ def environments(nproc: int) -> list[dict[str, str]]:
     return [{**e, "RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(nproc)]
 
 
-def train(environments: list[dict[str, str]], options: list[str]) -> int:
+def run(environments: list[dict[str, str]], options: list[str]) -> int:
     """Run ktr.py in these processes; the exit code of the first that failed, or 0."""
-    team = [subprocess.Popen([sys.executable, KTR, *options], env=e) for e in environments]
+    # in groups of their own: Ctrl-C reaches this process alone, which hands it on
+    team = [subprocess.Popen([sys.executable, KTR, *options], env=e, process_group=0)
+            for e in environments]
+    heard = []
 
-    def kill(*_) -> None:
+    def hand_on(number: int, _) -> None:
+        at_once = number == signal.SIGINT and number in heard       # no wait for a checkpoint
         for process in team:
-            process.kill()
+            process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+        heard.append(number)
 
-    def ask_to_stop(*_) -> None:
-        signal.signal(signal.SIGINT, kill)      # a second Ctrl-C does not wait for a checkpoint
-        for process in team:
-            process.terminate()
-
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, hand_on)
     while not any(p.poll() for p in team) and None in (p.returncode for p in team):
         time.sleep(0.2)
     code, deadline = next((p.returncode for p in team if p.returncode), 0), time.time() + PATIENCE
@@ -59,7 +59,9 @@ def train(environments: list[dict[str, str]], options: list[str]) -> int:
             process.wait(max(0, deadline - time.time()))
         except subprocess.TimeoutExpired:       # it waits for the one that failed
             process.kill()
-    if code == -signal.SIGKILL:
+    if heard and code < 0:
+        print("stopped without saving; run the same command again", file=sys.stderr)
+    elif code == -signal.SIGKILL:
         print("a process of this run was killed; was memory short?", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
@@ -71,8 +73,7 @@ def main() -> int:
         raise SystemExit("error: no GPU found; the 7B recipe needs some (MODEL=cold_start "
                          "DEVICE=cpu tries it with a tiny model)")
     ranks = environments(int(os.environ.get("NPROC") or gpus or 1))
-    checked = subprocess.run([sys.executable, KTR, *options, "--check"], env=ranks[0])
-    code = checked.returncode or train(ranks, options)
+    code = run(ranks[:1], [*options, "--check"]) or run(ranks, options)
     if code or not shown or os.environ.get("NODE_RANK", "0") != "0":
         return code
     return subprocess.run([sys.executable, "-P", "-m", *shown]).returncode

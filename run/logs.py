@@ -113,10 +113,6 @@ def rows_of(path: Path) -> list[dict]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def line_with(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def lost_records(out: Path) -> dict[int, str]:
     """{row: reason} of the records that ended a decoder, which a continued run does not try."""
     rows = [row for path in out.glob("skipped.*.jsonl") for row in rows_of(path)]
@@ -133,7 +129,7 @@ def drop_later_rows(out: Path, step: int) -> None:
         elif path.exists():
             kept = [row for row in rows_of(path) if row["step"] <= step or row.get("lost")]
             part = path.with_suffix(".part")
-            part.write_text("".join(map(line_with, kept)), encoding="utf-8")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
             part.replace(path)                  # whole, whatever kills this process
 
 
@@ -162,7 +158,7 @@ class Log:
 
     def append(self, name: str, row: dict) -> None:
         with open(self.out / name, "a", encoding="utf-8") as file:
-            file.write(line_with(row))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def step(self, step: int, steps: int, sums: dict[str, float], more: dict[str, float],
              clock: Clock) -> None:

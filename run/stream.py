@@ -36,14 +36,17 @@ def plan(o: Options, records: int, left_out: set[int], prompts: int, first_step:
          first_place: int) -> tuple[list[tuple[int, int]], int]:
     """The (place, index) of the prompts to come, `prompts` in each step; the whole run's steps."""
     per_epoch, usable = records // prompts * prompts, records - len(left_out)
-    if usable < prompts:
-        raise SystemExit(f"error: {usable} records are too few for one step of {prompts} prompts")
-    endless = record_order(o.seed, records, per_epoch, left_out, first_place)
+    endless = iter(())
+    if usable >= prompts:
+        endless = record_order(o.seed, records, per_epoch, left_out, first_place)
     if o.max_steps:
         ahead = list(islice(endless, max(0, o.max_steps - first_step) * prompts))
     else:
         ahead = list(takewhile(lambda item: item[0] < o.epochs * per_epoch, endless))
-    return ahead, first_step + len(ahead) // prompts
+    steps = first_step + len(ahead) // prompts
+    if usable < prompts or not steps:
+        raise SystemExit(f"error: {usable} records are too few for one step of {prompts} prompts")
+    return ahead, steps
 
 
 def seed_of(o: Options, place: int) -> int:
@@ -74,9 +77,6 @@ class Stream:
         n = self.o.prompts_per_step
         start = (step - self.first) * self.all_ranks_prompts + self.rank * n
         return self.ahead[start:start + n]
-
-    def records_of(self, step: int) -> list[dict]:
-        return [self.records[index] for _, index in self.places_of_rank(step)]
 
     def place_after(self, step: int) -> int:
         """Where the run's order goes on when a step is done."""

@@ -117,7 +117,8 @@ class Training:
         except RuleError as error:
             raise SystemExit(f"error: {error}") from None
         except Exception as error:
-            names = ", ".join(str(record["problem_id"]) for record in self.stream.records_of(step))
+            records = [self.stream.records[i] for _, i in self.stream.places_of_rank(step)]
+            names = ", ".join(str(record["problem_id"]) for record in records)
             error.add_note(f"on rank {self.rank} in step {step + 1}, with the records {names}")
             raise
 
@@ -144,8 +145,9 @@ class Training:
         if state["idle"] == IDLE and self.rank == 0:
             why = (f"in every group all completions earned the same (reward "
                    f"{sums['reward'] / prompts:.2f}); {self.o.out}/samples.jsonl shows some"
-                   if flat else f"no token carried gradient: none of --signals "
-                   f"{' '.join(self.o.signals)} applied")
+                   if flat else "--filter or --mask_cut left out all of them"
+                   if sums["dropped"] == prompts else f"no token carried gradient: none of "
+                   f"--signals {' '.join(self.o.signals)} applied")
             tqdm.write(f"nothing was learnt in {IDLE} steps: {why}")
 
     def samples_due(self) -> bool:

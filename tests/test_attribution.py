@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,12 +239,19 @@ def blacken(r, o):
 @pytest.mark.parametrize("rule, told", [
     (lambda r, o: r.prompt.with_frames(torch.cat([r.prompt.frames] * 2)),   # they would spill into
      r"signal mine: frames of shape \(16, .* cannot stand for .*\(8, "),   # the next prompt
-    (lambda r, o: None, "signal mine returned nothing; .* return r.prompt"),
-    (blacken, "signal mine changed r.prompt.frames in place; change a clone"),
+    (lambda r, o: None, "signal mine gave no prompt; .* return r.prompt"),
+    (lambda r, o: r.prompt.frames.flip(0), "signal mine gave no prompt"),
+    (blacken, "signal mine changed what r holds in place; change a clone"),
+    (lambda r, o: [r.prompt.ids[:2].fill_(7)], "signal mine changed what r holds"),
+    (lambda r, o: [r.group.completion_mask.logical_not_()], "signal mine changed what r"),
 ])
-def test_what_a_counterfactual_may_not_do_is_told(prompts, asked, rule, told):
-    COUNTERFACTUALS["mine"] = rule
-    r = rollout(prompts[0].with_frames(prompts[0].frames.clone()))
+@pytest.mark.parametrize("registry", [COUNTERFACTUALS, SCORES])
+def test_what_a_signal_may_not_do_is_told(prompts, asked, rule, told, registry):
+    if registry is SCORES and "changed" not in told:
+        return                                      # check_output's
+    registry["mine"] = rule
+    p = prompts[0]
+    r = rollout(replace(p, frames=p.frames.clone(), ids=p.ids.clone()))
     with pytest.raises(RuleError, match=told):
         attribute([r], Options(signals=["mine"]), asked)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -400,6 +401,18 @@ def test_sigterm_to_two_processes(checkpoint_folder, world, tmp_path):
     weights_of(saved)
 
 
+def test_ctrl_c_before_the_first_step_is_one_line(checkpoint_folder, world, tmp_path):
+    """Heard by run/launch.py while its check runs."""
+    given = map(str, arguments(checkpoint_folder, world, tmp_path, "--max_steps", 400))
+    process = start(["-m", "run.launch", "no.such.module", *given], DEVICE="cpu", NPROC="2")
+    started = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(process, lambda: started.read_text())
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out = finish(process)
+    assert code == 143 and out == "stopped without saving; run the same command again\n"
+
+
 def test_without_checkpoints_nothing_is_claimed_and_the_old_log_is_kept(run, tmp_path,
                                                                         monkeypatch, capsys):
     with monkeypatch.context() as patch:
@@ -658,6 +671,7 @@ def test_another_number_of_steps_is_told(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, why", [
     ([], "in every group all completions earned the same (reward 0.00); "),
+    (["--mask_cut", "--max_new_tokens", "1"], "--filter or --mask_cut left out all of them"),
     (["--signals", "mine"], "no token carried gradient: none of --signals mine applied")])
 def test_steps_without_anything_to_learn_are_told(run, tmp_path, monkeypatch, capsys, more, why):
     """On the console and on the page."""

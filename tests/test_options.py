@@ -130,5 +130,10 @@ def test_a_rules_preset_sets_its_choices(tmp_path, capsys):
     (tmp_path / "d.py").write_text('OPTIONS = "--ratoi 0.1"')
     line = refusal(capsys, "--rule", str(tmp_path / "d.py"))
     assert f"{tmp_path}/d.py: OPTIONS: unrecognized arguments: --ratoi" in line
-    (tmp_path / "b.py").write_text('OPTIONS = "--rule another.py"')
-    assert "another --rule" in refusal(capsys, "--rule", str(tmp_path / "b.py"))
+    for options in ("--rule another.py", "--rule=another.py"):
+        (tmp_path / "b.py").write_text(f'OPTIONS = "{options}"')
+        assert "another --rule" in refusal(capsys, "--rule", str(tmp_path / "b.py"))
+    for slip in ('OPTIONS = ["--signals"]', "OPTIONS = \"--signals 'all\"", "{}['x']"):
+        (tmp_path / "e.py").write_text(slip)
+        with pytest.raises(SystemExit, match="error: --rule .*e.py: "):
+            parse([*BASE, "--rule", str(tmp_path / "e.py")])

@@ -194,7 +194,8 @@ def test_fewer_gpus_than_processes(checkpoint_folder, world, tmp_path, monkeypat
 
 
 def test_a_model_folder_that_is_not_there(world, tmp_path):
-    for name in (tmp_path / "model", "nowhere", "runs/of/mine"):        # none is asked of the hub
+    for name in (tmp_path / "model", "nowhere", "runs/of/mine", "run1/final",
+                 "run1/checkpoint-000250"):                             # none is asked of the hub
         message = refuse(name, world / "train.json", tmp_path)
         assert f"{name}: no such folder" in message
 

@@ -70,6 +70,9 @@ def test_too_few_records_for_a_step():
         plan(Options(), 4, {0, 1}, prompts=3, first_step=0, first_place=0)
     with pytest.raises(SystemExit, match="too few"):
         plan(Options(max_steps=5), 2, set(), prompts=3, first_step=0, first_place=0)
+    for left_out in ({0, 1, 2}, set(range(9))):         # the only epoch of 6 lost one; all are lost
+        with pytest.raises(SystemExit, match="too few"):
+            plan(Options(), 9, left_out, prompts=6, first_step=0, first_place=0)
 
 
 def test_every_run_has_its_own_chance():
