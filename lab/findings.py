@@ -273,7 +273,7 @@ def blocks_of(folder: Path = RESULTS) -> dict[str, str]:
     for name, study in studies.items():
         blocks[name] = table_of(study, RULES if name == "toy" else ())
         blocks[f"{name} kinds"] = kinds_table(study, LOOKED_AT[name])
-    if toy := studies.get("toy"):
+    if (toy := studies.get("toy")) and set(toy["runs"]) - set(RULES):
         blocks["ablations"] = ablations_table(toy)
     blocks |= {"claims": claims_table(studies), "made": made_table(files)}
     if looks := files.get("looks"):
