@@ -77,15 +77,15 @@ def test_two_nodes_train_together(python, checkpoint_folder, world, tmp_path):
     assert "step" not in results[1][1]                          # only the first node reports
 
 
-def test_a_dry_run_on_two_processes_ends_with_its_table(python, checkpoint_folder, world, tmp_path):
+def test_a_dry_run_ends_with_its_table(python, checkpoint_folder, world, tmp_path):
     process = train(python, "7b", "--dry_run", *TINY, "--max_steps", 3, "--save_every", 3,
                     MODEL=checkpoint_folder, DATA=world / "train.json", OUT=tmp_path,
-                    DEVICE="cpu", NPROC=2, FRAMES=4)
+                    DEVICE="cpu", FRAMES=4)
     code, out, err = finish(process)
     assert code == 0, err
-    assert [row["prompts"] for row in log_of(tmp_path)] == [2, 2, 2]
+    assert [row["prompts"] for row in log_of(tmp_path)] == [1, 1, 1]
     assert (tmp_path / "final" / "config.json").exists()
-    assert (f"{checkpoint_folder}: 2 prompts a step, G=2, up to 8 tokens, 4 frames; "
+    assert (f"{checkpoint_folder}: 1 prompts a step, G=2, up to 8 tokens, 4 frames; "
             "1 steps after 2 to warm up") in out
     assert "an epoch of 16916 prompts" in out
 
@@ -247,7 +247,7 @@ def test_a_process_that_fails_ends_its_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     for how, code in ("killed", 137), ("failed", 3), ("late", 3):
         begun = time.time()
-        assert launch.train(launch.environments(2), [how]) == code
+        assert launch.run(launch.environments(2), [how]) == code
         said = capfd.readouterr()
         assert sorted(said.out.split("\n"))[-2:] == ["rank 0 of 2", "rank 1 of 2"]
         assert ("was memory short?" in said.err) == (how == "killed")
