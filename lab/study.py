@@ -369,6 +369,8 @@ def main() -> None:
     out, studies = a.out.resolve(), a.studies or (["toy"] if a.rule else list(STUDIES))
     if unknown := set(studies) - set(STUDIES):
         parser.error(f"{', '.join(unknown)}: no such study; there are {', '.join(STUDIES)}")
+    if a.rule and a.rule.stem in VARIANTS:
+        parser.error(f"--rule {a.rule}: a rule of the table has that name; rename the file")
     if a.seeds is not None and a.seeds < 1 or a.jobs < 1 or a.minutes <= 0:
         parser.error("--seeds and --jobs take a number from 1 on, --minutes one above 0")
     if a.looks:
