@@ -60,5 +60,5 @@ case "${1:-toy}" in
     data)   shift; exec "$PY" -P -m lab.download "$@" ;;
     7b)     shift; recipe "$@" ;;
     table)  shift; exec "$PY" -P -m lab.table "$@" ;;
-    *)      echo "usage: bash train.sh [toy|7b [options of ktr.py]], or data DIR, rule FILE, table RUN .." >&2; exit 2 ;;
+    *)      echo "usage: bash train.sh [toy|7b [options of ktr.py]] (the word comes first), or data DIR, rule FILE, table RUN .." >&2; exit 2 ;;
 esac

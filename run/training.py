@@ -177,7 +177,7 @@ class Training:
             if self.rank == 0:
                 saved = f"saved {checkpoint.newest(out)}" if o.save_every else "nothing is saved"
                 print(f"stopped after step {done} of {steps}, {saved}; run the same command again "
-                      f"to continue")
+                      f"to {'continue' if o.save_every else 'start anew'}")
             raise SystemExit(143)
 
     def end(self) -> None:
