@@ -113,7 +113,7 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
 
 def union(masks: dict[str, Tensor], valid: Tensor) -> Tensor:
     """(G, T) bool: the tokens in any of the signals' masks."""
-    return torch.stack([torch.zeros_like(valid, dtype=torch.bool), *masks.values()]).any(0)
+    return sum(masks.values(), torch.zeros_like(valid, dtype=torch.bool))       # + of bool is "or"
 
 
 def select(signals: dict[str, Tensor], valid: Tensor, ratios: dict[str, float] | float,
