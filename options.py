@@ -85,7 +85,7 @@ class Options:
     kl_on: str = one_of("selected", "all", help="tokens that bear the KL: the key tokens, or all")
     # ---- other papers'
     clip_high: float = number(0.0, "how far above 1 the ratio counts (DAPO: 0.28); 0: as --clip")
-    updates: int = number(1, "steps for each rollout; from the second on, the clip binds", above=0)
+    updates: int = number(1, "steps of a rollout; the clip can bind from the second on", above=0)
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
     filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if all "
                          "its completions have the same accuracy, or the same reward (DAPO)")

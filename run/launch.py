@@ -37,7 +37,7 @@ def environments(nproc: int) -> list[dict[str, str]]:
 
 
 def run(environments: list[dict[str, str]], options: list[str]) -> int:
-    """Run ktr.py in these processes; the exit code of the first that failed, or 0."""
+    """Run ktr.py in these processes; the exit code of the first that failed, 143 after a signal."""
     # in groups of their own: Ctrl-C reaches this process alone, which hands it on
     team = [subprocess.Popen([sys.executable, KTR, *options], env=e, process_group=0)
             for e in environments]
@@ -63,7 +63,7 @@ def run(environments: list[dict[str, str]], options: list[str]) -> int:
         print("stopped without saving; run the same command again", file=sys.stderr)
     elif code == -signal.SIGKILL:
         print("a process of this run was killed; was memory short?", file=sys.stderr)
-    return code if code >= 0 else 128 - code
+    return 143 if heard else code if code >= 0 else 128 - code
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from prompt import Prompt
 from rollout import Group, Rollout
 from run import checkpoint
 from run.distributed import all_reduce_sum, distributed, wait_for_nccl
-from run.logs import Clock, Log, reporter, drop_later_rows, sample_of
+from run.logs import Clock, Log, drop_later_rows, reporter, sample_of
 from run.preflight import UNUSABLE, made_by
 from run.stream import Stream
 
@@ -99,8 +99,7 @@ class Training:
         all_reduce_sum({"ranks": 1}, device)            # none writes before that is done
         self.stream = Stream(o, records, left_out, self.processor, self.log, rank, ranks,
                              self.state)
-        steps = self.stream.steps
-        planned = self.state.setdefault("steps", steps)
+        steps, planned = self.stream.steps, self.state.get("steps", self.stream.steps)
         if planned != steps and rank == 0:
             print(f"the run now has {steps} steps in place of {planned}: from here on the learning "
                   f"rate follows another cosine")
@@ -143,11 +142,12 @@ class Training:
         flat, keyless = sums["flat"] == prompts, sums["key_share"] == 0
         state["idle"] = state["idle"] + 1 if prompts and (flat or keyless) else 0
         if state["idle"] == IDLE and self.rank == 0:
-            why = (f"in every group all completions earned the same (reward "
-                   f"{sums['reward'] / prompts:.2f}); {self.o.out}/samples.jsonl shows some"
-                   if flat else "--filter or --mask_cut left out all of them"
-                   if sums["dropped"] == prompts else f"no token carried gradient: none of "
-                   f"--signals {' '.join(self.o.signals)} applied")
+            why = f"no token carried gradient: none of --signals {' '.join(self.o.signals)} applied"
+            if flat:
+                why = (f"in every group all completions earned the same (reward "
+                       f"{sums['reward'] / prompts:.2f}); {self.o.out}/samples.jsonl shows some")
+            elif sums["dropped"] == prompts:
+                why = "--filter or --mask_cut left every group out of the loss"
             tqdm.write(f"nothing was learnt in {IDLE} steps: {why}")
 
     def samples_due(self) -> bool:

@@ -236,19 +236,21 @@ def blacken(r, o):
     return r.prompt
 
 
-@pytest.mark.parametrize("rule, told", [
+NO_PROMPTS = [
     (lambda r, o: r.prompt.with_frames(torch.cat([r.prompt.frames] * 2)),   # they would spill into
      r"signal mine: frames of shape \(16, .* cannot stand for .*\(8, "),   # the next prompt
     (lambda r, o: None, "signal mine gave no prompt; .* return r.prompt"),
     (lambda r, o: r.prompt.frames.flip(0), "signal mine gave no prompt"),
-    (blacken, "signal mine changed what r holds in place; change a clone"),
-    (lambda r, o: [r.prompt.ids[:2].fill_(7)], "signal mine changed what r holds"),
-    (lambda r, o: [r.group.completion_mask.logical_not_()], "signal mine changed what r"),
-])
-@pytest.mark.parametrize("registry", [COUNTERFACTUALS, SCORES])
-def test_what_a_signal_may_not_do_is_told(prompts, asked, rule, told, registry):
-    if registry is SCORES and "changed" not in told:
-        return                                      # check_output's
+]
+SPOILERS = [(rule, "signal mine changed what r holds in place; change a clone") for rule in (
+    blacken, lambda r, o: [r.prompt.ids[:2].fill_(7)],
+    lambda r, o: [r.group.completion_mask.logical_not_()])]
+
+
+@pytest.mark.parametrize("registry, rule, told", [
+    *((COUNTERFACTUALS, *case) for case in NO_PROMPTS + SPOILERS),
+    *((SCORES, *case) for case in SPOILERS)])
+def test_what_a_signal_may_not_do_is_told(prompts, asked, registry, rule, told):
     registry["mine"] = rule
     p = prompts[0]
     r = rollout(replace(p, frames=p.frames.clone(), ids=p.ids.clone()))

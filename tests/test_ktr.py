@@ -671,7 +671,8 @@ def test_another_number_of_steps_is_told(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, why", [
     ([], "in every group all completions earned the same (reward 0.00); "),
-    (["--mask_cut", "--max_new_tokens", "1"], "--filter or --mask_cut left out all of them"),
+    (["--mask_cut", "--max_new_tokens", "1"],
+     "--filter or --mask_cut left every group out of the loss"),
     (["--signals", "mine"], "no token carried gradient: none of --signals mine applied")])
 def test_steps_without_anything_to_learn_are_told(run, tmp_path, monkeypatch, capsys, more, why):
     """On the console and on the page."""
