@@ -85,7 +85,7 @@ class Options:
     kl_on: str = one_of("selected", "all", help="tokens that bear the KL: the key tokens, or all")
     # ---- other papers'
     clip_high: float = number(0.0, "how far above 1 the ratio counts (DAPO: 0.28); 0: as --clip")
-    updates: int = number(1, "steps of a rollout; the clip can bind from the second on", above=0)
+    updates: int = number(1, "optimizer steps for each rollout", above=0)
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
     filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if all "
                          "its completions have the same accuracy, or the same reward (DAPO)")
@@ -120,7 +120,7 @@ class Options:
     # ---- running
     workers: int = number(min(4, os.cpu_count() or 1), "processes of each rank that decode clips")
     dtype: str = one_of("bfloat16", "float32", help="type of weights and activations")
-    checkpointing: bool = option(True, "compute activations again, instead of keeping them")
+    checkpointing: bool = option(True, "compute activations again; --no_checkpointing keeps them")
     offload: bool = option(False, "keep the optimizer's state in the host's memory")
     save_every: int = number(250, "steps between checkpoints (7B: 116 GB each); 0: none at all")
     keep: int = number(2, "number of checkpoints that are kept", above=0)
