@@ -15,7 +15,8 @@ cold start, order of prompts and random numbers in sampling. Two outcomes of a r
 Greedy answers would turn small differences into jumps (docs/results.md).
 
 Worlds and their cold starts are made where --out lacks them. OUT/study_NAME.json holds a study's
-finished runs and what made them; the commit is $COMMIT, or git's.
+finished runs and what made them; the commit is $COMMIT, or git's. Runs in a file that is there at
+the start are not made again: to go on on another machine, copy it there.
 """
 
 import argparse
@@ -313,26 +314,53 @@ def finished(out: Path, study: str, rule: str, most: int) -> dict[int, Path]:
     return {seed: f for seed, f in folders.items() if (f / "after" / "scores.json").exists()}
 
 
-def collect(out: Path, name: str, variants: dict[str, str], most: dict[str, int]) -> dict:
+def collect(out: Path, name: str, variants: dict[str, str], most: dict[str, int],
+            earlier: dict | None = None) -> dict:
     """A study's finished runs, the start's scores, and what made them, as its file holds them:
-    "made" counts the runs of each commit, machine and day, "commands" are one run's. {} if no run
-    is finished."""
-    runs, made, commands = {}, Counter(), []
+    "made" are commits, machines and days with how many runs each made, and a run's "made" is its
+    place there; "commands" are one run's. Runs of an `earlier` file are kept where no folder holds
+    a newer one. {} if no run is finished."""
+    earlier = earlier or {"runs": {}, "made": [], "commands": []}
+    runs = {rule: dict(earlier["runs"].get(rule, {})) for rule in most}
+    made = [{key: value for key, value in by.items() if key != "runs"} for by in earlier["made"]]
+    commands = earlier["commands"]
     for rule, seeds in most.items():
         for seed, folder in finished(out, name, rule, seeds).items():
             by = json.loads((folder / "study.json").read_text())
-            made[json.dumps(by["made"])] += 1
-            runs.setdefault(rule, {})[str(seed)] = outcome(folder)
+            if by["made"] not in made:
+                made.append(by["made"])
+            runs[rule][str(seed)] = {**outcome(folder), "made": made.index(by["made"])}
             commands = commands or [
                 shlex.join(["python", *command]).replace(f"{out}/", "OUT/").replace(f"{ROOT}/", "")
                 for command in by["commands"]]
-    if not runs:
+    if not any(runs.values()):
         return {}
+    runs = {rule: dict(sorted(rows.items(), key=lambda row: int(row[0])))
+            for rule, rows in runs.items() if rows}
+    counts = Counter(row["made"] for rows in runs.values() for row in rows.values())
     start = scores_in(out / "starts" / f"{STUDIES[name].world} tested")
-    return {"made": [{**json.loads(key), "runs": n} for key, n in made.items()],
+    return {"made": [{**by, "runs": counts[i]} for i, by in enumerate(made)],
             "commands": commands, "rules": {rule: variants[rule] for rule in runs},
             "start": {"accuracy": 100 * start["all"]["strict"], "kinds": kinds_of(start)},
             "runs": runs}
+
+
+def earlier_file(out: Path, name: str) -> dict | None:
+    """OUT/study_NAME.json, if there is one: its runs count as finished, so that a study goes on on
+    another machine with its file alone. SystemExit if they were made by other options."""
+    file = out / f"study_{name}.json"
+    if not file.exists():
+        return None
+    held = json.loads(file.read_text())
+    for rule, options in held["rules"].items():
+        if options != VARIANTS.get(rule):
+            raise SystemExit(f"error: {file} holds runs of {rule} under other options; remove it or "
+                             "change --out")
+    return held
+
+
+def in_file(found: dict | None, run: Run) -> bool:
+    return found is not None and str(run.seed) in found["runs"].get(run.rule, {})
 
 
 def look(out: Path) -> None:
@@ -376,9 +404,11 @@ def main() -> None:
     if a.looks:
         return look(out)
 
+    earlier = {} if a.rule else {name: earlier_file(out, name) for name in studies}
     until, variants = time.monotonic() + 60 * a.minutes, dict(VARIANTS)
     seeds = a.seeds or (4 if a.rule else None)
-    runs = plan(studies, a.only or (CONTROLS if a.rule else None), seeds)
+    runs = [run for run in plan(studies, a.only or (CONTROLS if a.rule else None), seeds)
+            if folder_of(out, run).exists() or not in_file(earlier.get(run.study), run)]
     if a.rule:
         if not load_rule(str(a.rule)):
             raise SystemExit(f"error: {a.rule} has no OPTIONS: nothing selects what it registers; "
@@ -393,7 +423,7 @@ def main() -> None:
     finally:                                            # what is finished is kept in any case
         for name in studies:
             most = {run.rule: seeds for run in runs} if a.rule else STUDIES[name].seeds
-            if found := collect(out, name, variants, most):
+            if found := collect(out, name, variants, most, earlier.get(name)):
                 file = out / (f"{a.rule.stem}.json" if a.rule else f"study_{name}.json")
                 file.write_text(json.dumps(found))
                 print(f"\n{name}: {file}\n{findings.table_of(found)}")

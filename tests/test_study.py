@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from functools import partial
 
@@ -329,7 +330,8 @@ def test_a_small_study_for_real(small, monkeypatch, capsys):
     assert all(row["prompts"] == 8 and 0.3 <= row["key_share"] < 0.36 for row in log)
     assert study.scores_in(run)["all"]["n"] == 24
     saved = json.loads((small / "study_toy.json").read_text())
-    assert saved["rules"] == study.VARIANTS and saved["runs"]["mine"] == {"0": outcome(run)}
+    assert saved["rules"] == study.VARIANTS
+    assert saved["runs"]["mine"] == {"0": {**outcome(run), "made": 1}}
     assert saved["runs"]["GRPO"]["1"]["accuracy"] == 25         # finished, though not asked for
     here, *before = sorted(saved["made"], key=lambda made: made["runs"])
     assert before == [{**MADE, "runs": 2}] and here["commit"] == "abc" and here["runs"] == 1
@@ -341,9 +343,16 @@ def test_a_small_study_for_real(small, monkeypatch, capsys):
     run_study(monkeypatch, *command)
     assert json.loads((small / "study_toy.json").read_text()) == saved
     assert findings.table_of(saved) in capsys.readouterr().out
+    shutil.rmtree(small / "toy")                                # on another machine: the file alone
+    run_study(monkeypatch, *command)
+    assert json.loads((small / "study_toy.json").read_text()) == saved
     monkeypatch.setitem(study.VARIANTS, "mine", "--signals random")
-    with pytest.raises(RuntimeError, match="seed-0 holds a run under other options"):
+    with pytest.raises(SystemExit, match="holds runs of mine under other options"):
         run_study(monkeypatch, *command)
+    (small / "study_toy.json").unlink()
+    hand_made(small, "mine", 0, 0.5)
+    with pytest.raises(RuntimeError, match="seed-0 holds a run under other options"):
+        run_study(monkeypatch, *command, "--only", "mine")
 
 
 def test_the_time_ends_a_command_gently(tmp_path):
