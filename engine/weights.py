@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from engine.families import family_of, read_config
 from lab import blank
@@ -69,10 +69,15 @@ def compare_weights(name: str, missing: set[str], unexpected: set[str]) -> None:
         raise OSError(f"{name}: {'; '.join(faults)}")
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint's folder, hub name, or random:7b."""
+    random = name.startswith("random:")
+    return blank.config(name, blank.tokenizer()) if random else read_config(name)
+
+
 def weight_count(name: str, frozen: Sequence[str] = ()) -> int:
     """How many weights the model of this name has beside its frozen parts, by its config alone."""
-    random = name.startswith("random:")
-    config = blank.config(name, blank.tokenizer()) if random else read_config(name)
+    config = config_of(name)
     with torch.device("meta"):
         parts = parts_of(family_of(config).model(config))
     return sum(p.numel() for part in parts.keys() - set(frozen) for p in parts[part])

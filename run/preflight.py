@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data import Prompts, loader, read_records, useless
-from engine.weights import weight_count
+from engine.weights import config_of, weight_count
 from options import MAY_CHANGE, Options
 from policy import load_processor
 from prompt import Prompt
@@ -19,6 +19,7 @@ from run.logs import lost_records
 from run.stream import limits_of
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
+ACTIVATIONS = 11        # measured with what CUDA and NCCL hold: 9.8 to 11.3 (docs/speed.md)
 
 
 def check_start(o: Options) -> tuple[list[dict], set[int]]:
@@ -85,17 +86,24 @@ def made_by(o: Options, ranks: int, records: list[dict]) -> dict:
 
 def check_memory(o: Options, ranks: int) -> None:
     """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight: 2, 2 of the
-    reference (bf16); and unless it is frozen 2 of gradient, 12/N of the optimizer on N ranks."""
+    reference (bf16); and unless it is frozen 2 of gradient, 12/N of the optimizer on N ranks.
+    Beside them ACTIVATIONS bytes for each token of a prompt's row, layer and hidden unit."""
     if not torch.cuda.is_available():
         return
     weights, trained = weight_count(o.model), weight_count(o.model, o.freeze)
     each = torch.finfo(getattr(torch, o.dtype)).bits // 8
     lasting = weights * each * (2 if o.beta > 0 else 1)
     state = 0 if o.offload else 12 * min(trained, weights / ranks)      # of the fullest shard
-    needed = (lasting + trained * each + state) / 2 ** 30
+    config = config_of(o.model)
+    text, vision = config.text_config, config.vision_config
+    side = vision.patch_size * vision.spatial_merge_size
+    video = o.max_frames * o.max_pixels / side ** 2 / vision.temporal_patch_size
+    row = ACTIVATIONS * (video + o.G * o.max_new_tokens)
+    active = each / 2 * row * text.num_hidden_layers * text.hidden_size
+    needed = (lasting + trained * each + state + active) / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
-    if needed > 0.9 * there:                                    # the rest is for activations
+    if needed > there:
         raise SystemExit(
-            f"error: each GPU needs {needed:.0f} GiB beside activations and has {there:.0f}; take "
-            f"more GPUs, or --offload ({12 * trained / 1e9:.0f} GB go to the host's memory), or "
-            f"--beta 0")
+            f"error: each GPU needs {needed:.0f} GiB, {active / 2 ** 30:.0f} of them for "
+            f"activations, and has {there:.0f}; take more GPUs, or --offload "
+            f"({12 * trained / 1e9:.0f} GB go to the host's memory), --beta 0, fewer --max_frames")
