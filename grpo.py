@@ -4,8 +4,8 @@
     J   = mean_i 1/|o_i| sum_t m_t [ min(rho A_i, clip(rho, 1-c, 1+c) A_i) - beta KL_t ]
     rho = exp(logp - old_logp),   KL_t = exp(x) - x - 1,  x = ref_logp - logp clamped to +-10
 
-`completion_mask` marks the completions' tokens, up to and with the first end token (but for those
-that --filter or --mask_cut leave out of the loss); `key_mask`, those that carry the gradient.
+`completion_mask` marks the tokens that |o_i| counts, up to and with the first end token (ktr.py
+hands over fewer under --filter and --mask_cut); `key_mask`, those that carry the gradient.
 Pure tensor functions; this file needs torch alone.
 """
 

@@ -4,7 +4,7 @@ One step of `main`:
     sample      G completions for each prompt, decoded together, and what their answers earn
     learn       for each update: log-probabilities with gradient (score), the clipped objective on
                 key tokens (backward)
-    annotate    once a rollout, in the first of these: reference, key mask, advantages
+    annotate    in a rollout's first update only: reference, key mask, advantages
     step        clip, AdamW, cosine; log and save
 
     torchrun --nproc_per_node 8 ktr.py --model DIR --data train.json --videos DIR --out runs/ktr
@@ -72,8 +72,8 @@ def completion_texts(processor: Processor, group: Group) -> list[str]:
 
 
 def add_rewards(o: Options, r: Rollout, counted: Tensor) -> None:
-    """Length bonus and rewards (G,), where a completion is as long as its tokens in `counted`
-    (G, T); and which tokens bear the loss."""
+    """Set the length bonus (G,), a length being the tokens in `counted` (G, T), the rewards (G,),
+    and the loss mask (G, T)."""
     r.length_bonus = length_bonus(r.accuracy, counted.sum(-1).cpu(), o.length_low, o.length_high,
                                   o.length_bonus)
     r.rewards = r.accuracy + r.format + r.length_bonus + r.extra_reward
@@ -113,7 +113,7 @@ def annotate(o: Options, rollouts: list[Rollout], model: nn.Module, reference: n
 
 @torch.no_grad()
 def find_key_tokens(o: Options, rollouts: list[Rollout], model: nn.Module) -> None:
-    """`attribute`, with passes of this model."""
+    """`attribute`, under the current policy."""
     def score(prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Tensor]:
         return [logp for logp, _ in score_groups(model, prompts, groups)]
 

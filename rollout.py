@@ -46,8 +46,8 @@ class Rollout:
     rewards: Tensor | None = None           # (G,) the sum of these four
 
     logp: Tensor | None = None              # (G, T) of the sampled tokens under the policy
-    old_logp: Tensor | None = None          # (G, T) the same before the first of --updates
-    entropy: Tensor | None = None           # (G, T) nats
+    old_logp: Tensor | None = None          # (G, T) logp at the first update, detached
+    entropy: Tensor | None = None           # (G, T) nats, no gradient
     ref_logp: Tensor | None = None          # (G, T) under the starting checkpoint; None: beta is 0
 
     scores: dict[str, Tensor] = field(default_factory=dict)         # signal: (G, T)
