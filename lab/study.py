@@ -354,8 +354,8 @@ def earlier_file(out: Path, name: str) -> dict | None:
     held = json.loads(file.read_text())
     for rule, options in held["rules"].items():
         if options != VARIANTS.get(rule):
-            raise SystemExit(f"error: {file} holds runs of {rule} under other options; remove it or "
-                             "change --out")
+            raise SystemExit(f"error: {file} holds runs of {rule} under other options; remove it "
+                             "or change --out")
     return held
 
 
