@@ -7,7 +7,6 @@ first GPU and talk through gloo (NCCL refuses that): tests of two ranks then nee
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -37,14 +36,6 @@ def all_reduce_sum(values: dict[str, float], device: torch.device) -> dict[str, 
     if dist.is_initialized():
         dist.all_reduce(sums)
     return dict(zip(values, sums.tolist()))
-
-
-def wait_for_nccl(device: torch.device) -> None:
-    """Wait until finished collectives have let go of their tensors: NCCL's watchdog holds these
-    until it looks at them again, ten times a second."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        time.sleep(1)
 
 
 def run_program(main: Callable[[], object]) -> None:

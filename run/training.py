@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from policy import load, score_groups
 from prompt import Prompt
 from rollout import Group, Rollout
 from run import checkpoint
-from run.distributed import all_reduce_sum, distributed, wait_for_nccl
+from run.distributed import all_reduce_sum, distributed
 from run.logs import Clock, Log, drop_later_rows, reporter, sample_of
 from run.preflight import UNUSABLE, made_by
 from run.stream import Stream
@@ -55,7 +56,9 @@ def across_ranks(scorer: nn.Module, optimizer: ShardedAdamW, device: torch.devic
     for _ in range(2):
         scorer.zero_grad()
         scorer([], []).backward()
-        wait_for_nccl(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            time.sleep(1)               # NCCL's watchdog lets go of tensors ten times a second
     optimizer.zero_grad()
     return scorer
 
