@@ -45,8 +45,7 @@ def check_record(row: object, index: int) -> dict:
     record = {**row, "row": index, "options": row.get("options") or []}
     if record.get("problem_id") is None:
         record["problem_id"] = index
-    fault = fault_of(record)
-    if fault:
+    if fault := fault_of(record):
         raise BadRecord(f"{name_of(record)}: {fault}")
     return record
 
