@@ -54,9 +54,9 @@ def load_processor(name: str) -> Processor:
         processor = Processor.from_pretrained(name)
         weights.check_weights(name)
         return processor
-    tokenizer, v = blank.tokenizer(), Vision()
+    v = Vision()
     constants = {"image_mean": v.mean, "image_std": v.std, "min_pixels": v.min_pixels}
-    return Processor(tokenizer, blank.config(name, tokenizer), constants)
+    return Processor(blank.tokenizer(), weights.config_of(name), constants)
 
 
 # -------------------------------------------------------------------------------------------- score

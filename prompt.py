@@ -218,8 +218,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Processor":
-        """From a checkpoint's folder or hub name. OSError if a file of it is missing, ValueError
-        if it is of another family."""
+        """From a folder or hub name. OSError if a file is missing, ValueError: another family."""
         def read(file: str, default: dict | None = None) -> dict:
             try:
                 return json.loads(Path(cached_file(name, file)).read_text())

@@ -26,8 +26,7 @@ class Group:
 
     @cached_property
     def flat_index(self) -> Tensor:
-        """(n,) where the n tokens of all completions lie in the flattened rows. Found once, since
-        the host waits for the GPU here."""
+        """(n,) where the completions' n tokens lie in the flattened rows. (The host waits here.)"""
         return self.completion_mask.flatten().nonzero()[:, 0]
 
 

@@ -74,8 +74,7 @@ def border_within(p: Tensor, border: Tensor, steps: Tensor, top_p: float) -> Ten
 
 
 def in_blocks(p: Tensor, block: int = 512) -> Tensor:
-    """p (R, V) as (R, blocks, block), filled up with 0. Sums over blocks use the whole GPU, not one
-    processor for each row."""
+    """p (R, V) as (R, blocks, block), filled up with 0. Sums over blocks use the whole GPU."""
     return F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))
 
 

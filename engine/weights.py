@@ -24,8 +24,7 @@ def from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check_weights(name: str) -> None:
-    """The same for a folder, by the names and shapes in its files, before anything is loaded. Hub
-    names pass."""
+    """The same for a folder, by names and shapes in its files, before loading. Hub names pass."""
     folder = Path(name)
     if not folder.is_dir():
         return

@@ -95,11 +95,10 @@ def check_memory(o: Options, ranks: int) -> None:
     lasting = weights * each * (2 if o.beta > 0 else 1)
     state = 0 if o.offload else 12 * min(trained, weights / ranks)      # of the fullest shard
     config = config_of(o.model)
-    text, vision = config.text_config, config.vision_config
-    side = vision.patch_size * vision.spatial_merge_size
-    video = o.max_frames * o.max_pixels / side ** 2 / vision.temporal_patch_size
-    row = ACTIVATIONS * (video + o.G * o.max_new_tokens)
-    active = each / 2 * row * text.num_hidden_layers * text.hidden_size
+    text, v = config.text_config, config.vision_config
+    pixels = (v.patch_size * v.spatial_merge_size) ** 2 * v.temporal_patch_size     # of a token
+    row = o.max_frames * o.max_pixels / pixels + o.G * o.max_new_tokens
+    active = each / 2 * ACTIVATIONS * row * text.num_hidden_layers * text.hidden_size
     needed = (lasting + trained * each + state + active) / 2 ** 30
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     if needed > there:

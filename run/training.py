@@ -67,8 +67,7 @@ class Training:
     """What lasts through a run, and what is done between its steps."""
 
     def __init__(self, o: Options, records: list[dict], left_out: set[int]):
-        """Load the policy, its optimizer and its reference; continue from the newest checkpoint,
-        if there is one."""
+        """Load policy, optimizer and reference; go on from the newest checkpoint, if any."""
         self.o, self.preemption = o, checkpoint.Preemption()
         self.rank, self.ranks, self.device = rank, ranks, device = distributed()
         out = Path(o.out)
