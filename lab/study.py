@@ -16,7 +16,7 @@ Greedy answers would turn small differences into jumps (docs/results.md).
 
 Worlds and their cold starts are made where --out lacks them. OUT/study_NAME.json holds a study's
 finished runs and what made them; the commit is $COMMIT, or git's. Runs in a file that is there at
-the start are not made again: to go on on another machine, copy it there.
+the start are not made again (but for --rule): to go on on another machine, copy it there.
 """
 
 import argparse
@@ -314,48 +314,63 @@ def finished(out: Path, study: str, rule: str, most: int) -> dict[int, Path]:
     return {seed: f for seed, f in folders.items() if (f / "after" / "scores.json").exists()}
 
 
+def shown(out: Path, commands: list[list[str]]) -> list[str]:
+    """Commands as a user would type them, the study's folder as OUT."""
+    return [shlex.join(["python", *command]).replace(f"{out}/", "OUT/").replace(f"{ROOT}/", "")
+            for command in commands]
+
+
 def collect(out: Path, name: str, variants: dict[str, str], most: dict[str, int],
             earlier: dict | None = None) -> dict:
     """A study's finished runs, the start's scores, and what made them, as its file holds them:
     "made" are commits, machines and days with how many runs each made, and a run's "made" is its
-    place there; "commands" are one run's. Runs of an `earlier` file are kept where no folder holds
-    a newer one. {} if no run is finished."""
-    earlier = earlier or {"runs": {}, "made": [], "commands": []}
-    runs = {rule: dict(earlier["runs"].get(rule, {})) for rule in most}
-    made = [{key: value for key, value in by.items() if key != "runs"} for by in earlier["made"]]
-    commands = earlier["commands"]
+    place there; "commands" are one run's. Runs of an `earlier` file stay where no folder holds
+    newer ones, also beyond `most`. {} if no run is finished."""
+    held = earlier or {"runs": {}, "made": [], "commands": []}
+    runs = {rule: {seed: {**row, "made": held["made"][row["made"]]} for seed, row in rows.items()}
+            for rule, rows in held["runs"].items()}
+    commands = held["commands"]
     for rule, seeds in most.items():
         for seed, folder in finished(out, name, rule, seeds).items():
             by = json.loads((folder / "study.json").read_text())
-            if by["made"] not in made:
-                made.append(by["made"])
-            runs[rule][str(seed)] = {**outcome(folder), "made": made.index(by["made"])}
-            commands = commands or [
-                shlex.join(["python", *command]).replace(f"{out}/", "OUT/").replace(f"{ROOT}/", "")
-                for command in by["commands"]]
-    if not any(runs.values()):
+            runs.setdefault(rule, {})[str(seed)] = {**outcome(folder), "made": by["made"]}
+            commands = commands or shown(out, by["commands"])
+    if not runs:
         return {}
-    runs = {rule: dict(sorted(rows.items(), key=lambda row: int(row[0])))
-            for rule, rows in runs.items() if rows}
-    counts = Counter(row["made"] for rows in runs.values() for row in rows.values())
-    start = scores_in(out / "starts" / f"{STUDIES[name].world} tested")
-    return {"made": [{**by, "runs": counts[i]} for i, by in enumerate(made)],
-            "commands": commands, "rules": {rule: variants[rule] for rule in runs},
-            "start": {"accuracy": 100 * start["all"]["strict"], "kinds": kinds_of(start)},
-            "runs": runs}
+    counts: Counter = Counter()
+    for row in (row for rows in runs.values() for row in rows.values()):
+        key = json.dumps({name: value for name, value in row["made"].items() if name != "runs"})
+        counts[key] += 1
+        row["made"] = list(counts).index(key)
+    tested = out / "starts" / f"{STUDIES[name].world} tested"
+    if (tested / "after" / "scores.json").exists() or not earlier:
+        scores = scores_in(tested)
+        start = {"accuracy": 100 * scores["all"]["strict"], "kinds": kinds_of(scores)}
+    else:
+        start = earlier["start"]
+    rules = [rule for rule in variants if rule in runs]
+    return {"made": [{**json.loads(key), "runs": n} for key, n in counts.items()],
+            "commands": commands, "rules": {rule: variants[rule] for rule in rules}, "start": start,
+            "runs": {rule: dict(sorted(runs[rule].items(), key=lambda row: int(row[0])))
+                     for rule in rules}}
 
 
 def earlier_file(out: Path, name: str) -> dict | None:
     """OUT/study_NAME.json, if there is one: its runs count as finished, so that a study goes on on
-    another machine with its file alone. SystemExit if they were made by other options."""
+    another machine with its file alone. SystemExit if they were made under other options, or the
+    file does not say by what. The texts of rules' files are not compared."""
     file = out / f"study_{name}.json"
     if not file.exists():
         return None
     held = json.loads(file.read_text())
-    for rule, options in held["rules"].items():
-        if options != VARIANTS.get(rule):
-            raise SystemExit(f"error: {file} holds runs of {rule} under other options; remove it "
-                             "or change --out")
+    runs = [(Run(name, rule, int(seed)), row) for rule, rows in held["runs"].items()
+            for seed, row in rows.items()]
+    same = all(VARIANTS.get(rule) == options for rule, options in held["rules"].items()) and any(
+        held["commands"] == shown(out, commands_of(out, run, VARIANTS[run.rule]))
+        for run, _ in runs)
+    if not same or any("made" not in row for _, row in runs):
+        raise SystemExit(f"error: the runs of {file} were made under other options, or it does not "
+                         "say by what; move it away or change --out")
     return held
 
 
@@ -425,7 +440,9 @@ def main() -> None:
             most = {run.rule: seeds for run in runs} if a.rule else STUDIES[name].seeds
             if found := collect(out, name, variants, most, earlier.get(name)):
                 file = out / (f"{a.rule.stem}.json" if a.rule else f"study_{name}.json")
-                file.write_text(json.dumps(found))
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(found))
+                part.replace(file)
                 print(f"\n{name}: {file}\n{findings.table_of(found)}")
     if a.rule:
         folders = {rule: list(finished(out, "toy", rule, seeds).values())

@@ -19,7 +19,7 @@ from run.logs import lost_records
 from run.stream import limits_of
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
-ACTIVATIONS = 11        # measured with what CUDA and NCCL hold: 9.8 to 11.3 (docs/speed.md)
+ACTIVATIONS, FURTHER = 11, 2.4      # bytes; 10.3 measured, with what CUDA and NCCL hold, and 2.4
 
 
 def check_start(o: Options) -> tuple[list[dict], set[int]]:
@@ -87,22 +87,22 @@ def made_by(o: Options, ranks: int, records: list[dict]) -> dict:
 def check_memory(o: Options, ranks: int) -> None:
     """SystemExit, saying what to do, where a GPU cannot hold a run. Bytes a weight: 2, 2 of the
     reference (bf16); and unless it is frozen 2 of gradient, 12/N of the optimizer on N ranks.
-    Beside them ACTIVATIONS bytes for each token of a prompt's row, layer and hidden unit."""
+    With checkpointing, ACTIVATIONS for each token, layer and hidden unit of a prompt's row, FURTHER
+    for further prompts'; without it far more, which is not counted."""
     if not torch.cuda.is_available():
         return
     weights, trained = weight_count(o.model), weight_count(o.model, o.freeze)
     each = torch.finfo(getattr(torch, o.dtype)).bits // 8
-    lasting = weights * each * (2 if o.beta > 0 else 1)
     state = 0 if o.offload else 12 * min(trained, weights / ranks)      # of the fullest shard
     config = config_of(o.model)
     text, v = config.text_config, config.vision_config
-    pixels = (v.patch_size * v.spatial_merge_size) ** 2 * v.temporal_patch_size     # of a token
-    row = o.max_frames * o.max_pixels / pixels + o.G * o.max_new_tokens
-    active = each / 2 * ACTIVATIONS * row * text.num_hidden_layers * text.hidden_size
-    needed = (lasting + trained * each + state + active) / 2 ** 30
-    there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+    shown = max(o.max_frames * o.max_pixels / v.temporal_patch_size, o.image_pixels)
+    tokens = shown / (v.patch_size * v.spatial_merge_size) ** 2
+    row = (min(tokens, o.max_prompt) + o.G * o.max_new_tokens) * text.num_hidden_layers
+    active = each / 2 * (ACTIVATIONS + FURTHER * (o.prompts_per_step - 1)) * row * text.hidden_size
+    needed = weights * each * (2 if o.beta > 0 else 1) + trained * each + state + active
+    there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         raise SystemExit(
-            f"error: each GPU needs {needed:.0f} GiB, {active / 2 ** 30:.0f} of them for "
-            f"activations, and has {there:.0f}; take more GPUs, or --offload "
-            f"({12 * trained / 1e9:.0f} GB go to the host's memory), --beta 0, fewer --max_frames")
+            f"error: a GPU needs {needed / 2**30:.0f} GiB and has {there / 2**30:.0f}; what helps: "
+            f"more, --offload ({12 * trained / 1e9:.0f} GB go to the host), --beta 0, fewer frames")

@@ -24,7 +24,7 @@ LEARNT = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MADE = {"commit": "abc", "machine": "m", "date": "today"}
 
 
-def hand_made(out, rule, seed, accuracy, learnt=LEARNT, name="toy"):
+def hand_made(out, rule, seed, accuracy, learnt=LEARNT, name="toy", commands=None):
     """A finished run of ten steps with this test accuracy."""
     run = study.folder_of(out, Run(name, rule, seed))
     (run / "after").mkdir(parents=True)
@@ -32,7 +32,8 @@ def hand_made(out, rule, seed, accuracy, learnt=LEARNT, name="toy"):
              "key_share": 0.45, "seconds": SECONDS} for i, x in enumerate(learnt)]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "after" / "scores.json").write_text(json.dumps(scores_of(accuracy)))
-    made = {"commands": [["ktr.py", "--out", str(run)]], "rules": [], "made": MADE}
+    commands = commands or [["ktr.py", "--out", str(run)]]
+    made = {"commands": commands, "rules": [], "made": MADE}
     (run / "study.json").write_text(json.dumps(made))
     return run
 
@@ -313,10 +314,8 @@ def small(checkpoint_folder, world, tmp_path, monkeypatch):
 def test_a_small_study_for_real(small, monkeypatch, capsys):
     """A rule is trained and tested; what was there is left alone; a rerun does nothing."""
     for seed in range(2):
-        run = hand_made(small, "GRPO", seed, 0.25, learnt=(0.0, 0.5))
         commands = study.commands_of(small, Run("toy", "GRPO", seed), "--signals all")
-        made = {"commands": commands, "rules": [], "made": MADE}
-        (run / "study.json").write_text(json.dumps(made))
+        hand_made(small, "GRPO", seed, 0.25, learnt=(0.0, 0.5), commands=commands)
     command = ["toy", "--seeds", 1, "--out", small]
     kept = small / "toy" / "GRPO" / "seed-0" / "log.jsonl"
     time = kept.stat().st_mtime_ns
@@ -343,14 +342,19 @@ def test_a_small_study_for_real(small, monkeypatch, capsys):
     run_study(monkeypatch, *command)
     assert json.loads((small / "study_toy.json").read_text()) == saved
     assert findings.table_of(saved) in capsys.readouterr().out
-    shutil.rmtree(small / "toy")                                # on another machine: the file alone
+    for folder in ("toy", "starts"):                            # on another machine: the file alone
+        shutil.rmtree(small / folder)
     run_study(monkeypatch, *command)
     assert json.loads((small / "study_toy.json").read_text()) == saved
     monkeypatch.setitem(study.VARIANTS, "mine", "--signals random")
-    with pytest.raises(SystemExit, match="holds runs of mine under other options"):
+    with pytest.raises(SystemExit, match="made under other options"):
+        run_study(monkeypatch, *command)
+    monkeypatch.setattr(study, "STUDIES", {"toy": Study({"GRPO": 2, "mine": 1}, steps=3)})
+    with pytest.raises(SystemExit, match="made under other options"):
         run_study(monkeypatch, *command)
     (small / "study_toy.json").unlink()
     hand_made(small, "mine", 0, 0.5)
+    started(small)
     with pytest.raises(RuntimeError, match="seed-0 holds a run under other options"):
         run_study(monkeypatch, *command, "--only", "mine")
 
@@ -382,7 +386,8 @@ def test_a_run_that_the_time_ended_is_continued(small, monkeypatch):
         seen.append(command[0])
         raise TimeoutError
     monkeypatch.setattr(study, "call", ended)
-    hand_made(small, "GRPO", 0, 0.5)
+    asked = study.commands_of(small, Run("toy", "GRPO", 0), "--signals all")
+    hand_made(small, "GRPO", 0, 0.5, commands=asked)
     command = ["--out", small, "--jobs", 1, "--only", "mine", "--seeds", 1]
     run_study(monkeypatch, *command, "--minutes", 0.5)
     assert seen == ["ktr.py"]
