@@ -5,8 +5,8 @@
     entropy   eq. 4   -sum_w p_w log p_w
     key mask  eq. 5   the union of the top r of each signal's tokens
 
-A signal scores every token y_t of a group's completions. It gives the scores itself, or another
-prompt to show, a counterfactual: then a token's score is how far its log-probability moves.
+A signal scores every token y_t of a group's completions. It gives the scores, or a counterfactual:
+another prompt. Then a token's score is how far its log-probability moves under that prompt.
 This file needs torch alone: `shift` and `select` take tensors of any trainer, `attribute` a rollout
 (rollout.py), options (options.py) and a function that scores prompts.
 """
@@ -81,8 +81,8 @@ def top_tokens(scores: Tensor, valid: Tensor, ratio: float, pool: str = "group",
 
     scores (G, T), valid (G, T) bool: the completion mask.
     pool: "group" ranks the tokens of all G completions together, "response" each row by itself.
-    ties: "exact" keeps the earlier token (row by row, then position). "threshold" keeps, in place
-    of ceil(ratio * n), every token that reaches the (1 - ratio) quantile (released code).
+    ties: "exact" keeps the earlier token (row by row, then position). "threshold" keeps every
+    token that reaches the (1 - ratio) quantile, maybe more than ceil(ratio * n) (released code).
     ValueError for a ratio outside 0..1, an unknown pool or ties, or a valid score that is NaN.
     """
     if not 0 <= ratio <= 1:

@@ -72,8 +72,8 @@ def completion_texts(processor: Processor, group: Group) -> list[str]:
 
 
 def add_rewards(o: Options, r: Rollout, counted: Tensor) -> None:
-    """Set the length bonus (G,), a length being the tokens in `counted` (G, T), the rewards (G,),
-    and the loss mask (G, T)."""
+    """Set the length bonus (G,), by each completion's number of `counted` (G, T) tokens; the
+    rewards (G,), and the loss mask (G, T)."""
     r.length_bonus = length_bonus(r.accuracy, counted.sum(-1).cpu(), o.length_low, o.length_high,
                                   o.length_bonus)
     r.rewards = r.accuracy + r.format + r.length_bonus + r.extra_reward

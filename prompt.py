@@ -218,7 +218,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Processor":
-        """From a folder or hub name. OSError if a file is missing, ValueError: another family."""
+        """From a folder or hub name. OSError: a file is missing; ValueError: not a known family."""
         def read(file: str, default: dict | None = None) -> dict:
             try:
                 return json.loads(Path(cached_file(name, file)).read_text())

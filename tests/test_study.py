@@ -181,7 +181,8 @@ def test_one_seed_has_a_table_without_intervals(tmp_path):
 def test_a_claims_verdict():
     """By the interval: does it hold what was published, does it leave out 0?"""
     assert findings.verdict(0.2, 0.3, 2.3) == "disagrees"
-    assert findings.verdict(2.0, 0.5, 2.3) == "agrees"
+    assert findings.verdict(2.0, 0.5, 2.3) == findings.verdict(3.5, 1.4, 0.9) == "sign agrees"
+    assert findings.verdict(-2.0, 0.5, 2.3) == "disagrees"
     assert findings.verdict(1.0, 1.5, 2.3) == "cannot tell"
     assert findings.verdict(1.0, math.nan, 2.3) == "cannot tell"        # one pair
 
