@@ -161,7 +161,7 @@ def table_of(study: dict, names: tuple[str, ...] = ()) -> str:
 def ablations_table(study: dict) -> str:
     """What is no rule of its own, minus GRPO and Video-KTR, beside the paper's difference."""
     runs, rows = study["runs"], []
-    names = [name for name in runs if name not in RULES]
+    names = [name for name in runs if name not in RULES and len(runs[name]) > 2]
     found = {control: compare(runs, [(name, control) for name in names])
              for control in ("GRPO", "Video-KTR")}
     for name in names:

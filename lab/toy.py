@@ -308,6 +308,10 @@ def example_prompt(rng: random.Random, processor: Processor, careless: bool = Tr
 def print_table(runs: list[Path]) -> None:
     """What train.sh ends with: accuracy before and after, by kind of question; of several runs,
     which began alike, beside each other."""
+    for run in runs:
+        if not all((run / when / "scores.json").is_file() for when in ("before", "after")):
+            raise SystemExit(f"error: {run} holds no scores of before and after; OUT={run} bash "
+                             "train.sh makes them")
     before = json.loads((runs[0] / "before" / "scores.json").read_text())["scores"]
     after = [json.loads((run / "after" / "scores.json").read_text())["scores"] for run in runs]
     heads = ["after"] if len(runs) == 1 else [str(run) for run in runs]
