@@ -42,8 +42,7 @@ def frame_indices(total: int, fps: float, max_frames=16, sample_fps=2.0) -> list
 def read_video(path: Path, max_frames=16, sample_fps=2.0, stamped: bool = False,
                resize: Callable = lambda frames, n: frames) -> tuple[np.ndarray, float | list]:
     """n frames (n, H, W, 3) uint8, each passed through resize(frames, n), and the seconds between
-    them: the clip's length / n, as the Qwen2 families learnt it; or, if `stamped`, a list of each
-    one's seconds after the first."""
+    them: the clip's length / n, as the Qwen2 families learnt it (`stamped`: a list of times)."""
     choose = partial(frame_indices, max_frames=max_frames, sample_fps=sample_fps)
     frames, times, duration = read_clip(path, choose, resize)
     return np.concatenate(frames), times if stamped else duration / len(times)

@@ -241,8 +241,7 @@ class Processor:
     def prompt(self, record: dict, frames: Tensor, seconds_per_frame: float | list[float],
                max_prompt: int = 16384, text_after: str = "clip") -> Prompt:
         """frames: (n, 3, H, W) uint8 from `fit`, seconds_per_frame apart, or at the seconds listed.
-        BadRecord if the prompt exceeds max_prompt tokens (it is never cut), or its question holds
-        a special token."""
+        BadRecord if it exceeds max_prompt tokens (it is never cut), or has a special token."""
         v, media = self.vision, self.media_ids[record["data_type"]]
         words = {"type": "text", "text": question_text(record)}
         messages = [{"role": "user", "content": [{"type": record["data_type"]}, words]}]

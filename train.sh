@@ -21,7 +21,7 @@ py() { "$PY" -P "$@"; }                                 # -P: import no file of 
 toy() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     local world=${WORLD:-toy_world} out=${OUT:-runs/toy} start=$HERE/cold_start procs=1 evaluate
-    nvidia-smi -L >/dev/null 2>&1 || [ "$(env -u OMP_NUM_THREADS nproc)" = 1 ] || procs=2       # nproc heeds that
+    nvidia-smi -L >/dev/null 2>&1 || [ "$(env -u OMP_NUM_THREADS nproc)" = 1 ] || procs=2   # 4 prompts of a step each
     [[ ! " $* " =~ " --out"[\ =] ]] || { echo "error: say OUT=DIR bash train.sh toy, not --out" >&2; exit 2; }
     py -m run.arguments --model - --data - "$@"             # a wrong option is told before the work
     [ -f "$world/test.json" ] || py -m lab.toy make "$world"

@@ -159,7 +159,8 @@ def table_of(study: dict, names: tuple[str, ...] = ()) -> str:
 
 
 def ablations_table(study: dict) -> str:
-    """What is no rule of its own, minus GRPO and Video-KTR, beside the paper's difference."""
+    """What is no rule of its own, minus GRPO and Video-KTR, beside the paper's difference: of
+    three seeds or more, since two tell nothing."""
     runs, rows = study["runs"], []
     names = [name for name in runs if name not in RULES and len(runs[name]) > 2]
     found = {control: compare(runs, [(name, control) for name in names])

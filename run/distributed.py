@@ -7,17 +7,20 @@ first GPU and talk through gloo (NCCL refuses that): tests of two ranks then nee
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+# torch 2.11 has no newer names
+warnings.filterwarnings("ignore", ".*(broadcast_buffers|all_gather_into_tensor)", FutureWarning)
+
 
 def distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
     """(rank, world size, device); NCCL on GPUs, else gloo. The timeout is for ranks that wait: for
-    rank 0 to write a checkpoint to a slow disk, say. (If one dies, the launcher ends the others.)
-    """
+    rank 0 to write a checkpoint to a slow disk. (If one dies, the launcher ends the others.)"""
     device, shared = torch.device("cpu"), os.environ.get("KTR_SHARE_GPU") == "1"
     if torch.cuda.is_available():
         device = torch.device("cuda", 0 if shared else int(os.environ.get("LOCAL_RANK", 0)))
@@ -49,8 +52,7 @@ def run_program(main: Callable[[], object]) -> None:
 
 def exit_process() -> None:
     """End this process, whose work is done, without exit handlers and destructors: inductor's
-    handler waits up to 300 s for its compiling processes, and under torch 2.13 gloo's destructors
-    abort about one exit in 40, which would count as a failure of the whole run."""
+    handler waits up to 300 s for its processes, and gloo (torch 2.13) aborts one exit in 40."""
     if dist.is_initialized():
         dist.barrier()
     if torch.cuda.is_initialized():

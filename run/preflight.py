@@ -19,7 +19,7 @@ from run.logs import lost_records
 from run.stream import limits_of
 
 UNUSABLE = 0.05         # share of records that may be malformed or unreadable before a run stops
-ACTIVATIONS, FURTHER = 11, 2.4      # bytes; 10.3 measured, with what CUDA and NCCL hold, and 2.4
+ACTIVATIONS, FURTHER = 11, 2.4      # bytes; measured: 10.3 and 2.4 (docs/speed.md)
 
 
 def check_start(o: Options) -> tuple[list[dict], set[int]]:
@@ -105,4 +105,4 @@ def check_memory(o: Options, ranks: int) -> None:
     if needed > there:
         raise SystemExit(
             f"error: a GPU needs {needed / 2**30:.0f} GiB and has {there / 2**30:.0f}; what helps: "
-            f"more, --offload ({12 * trained / 1e9:.0f} GB go to the host), --beta 0, fewer frames")
+            f"more GPUs, --offload ({12 * trained / 1e9:.0f} GB of host), --beta 0, fewer frames")

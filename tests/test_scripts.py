@@ -131,6 +131,20 @@ def test_data_and_table_run_where_you_are(tmp_path):
         assert said == [f"{tmp_path} {given[1:]}", str(ROOT / "data.py")], made
 
 
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="a GPU is there")
+def test_the_toy_trains_on_two_cores(tmp_path):
+    """Each process with a half of a step's 8 prompts, whatever OMP_NUM_THREADS makes nproc say."""
+    stub = tmp_path / "python"
+    stub.write_text("""#!/bin/sh
+[ "$1 $2 $3" != "-P -m run.launch" ] || echo "$NPROC processes: $*"
+""")
+    stub.chmod(0o755)
+    code, out, err = finish(train(stub, "toy", WORLD=tmp_path, OUT=tmp_path / "out"))
+    cores = min(2, len(os.sched_getaffinity(0)))
+    assert code == 0 and out.startswith(f"{cores} processes: "), err
+    assert f"--prompts_per_step {8 // cores} " in out
+
+
 # ---------------------------------------------------------------------------------------- preflight
 @pytest.mark.parametrize("given, says", [
     (["--learning_rate", 1], "unrecognized arguments: --learning_rate 1"),
