@@ -251,7 +251,7 @@ def test_a_process_that_fails_ends_its_run(tmp_path, monkeypatch, capfd):
     """The others get a moment to end by themselves; the code is that of the first that failed."""
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nrank = os.environ['RANK']\n"
-                      "print('rank', rank, 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+                      "os.write(1, f'rank {rank} of {os.environ[\"WORLD_SIZE\"]}\\n'.encode())\n"
                       "how = sys.argv[1]\n"
                       "if rank == '1' and how == 'killed': os.kill(os.getpid(), 9)\n"
                       "if rank == '1': sys.exit(3)\n"
