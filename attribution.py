@@ -31,9 +31,9 @@ class RuleError(ValueError):
 
 # ---------------------------------------------------------------------------------- counterfactuals
 def mask_video(r: "Rollout", o: "Options") -> "Prompt":
-    """The prompt without its video's (or image's) tokens (eq. 2). A token that is hidden from
-    attention reaches no other one, so leaving it out gives the same log-probabilities and costs
-    nothing. Text stays at its own positions, or closes the gap (`--positions moved`)."""
+    """The prompt without its video's (or image's) tokens (eq. 2); the start and end around them
+    stay. A token hidden from attention reaches no other one, so leaving it out gives the same
+    log-probabilities. Text stays at its own positions, or closes the gap (`--positions moved`)."""
     p, text = r.prompt, ~r.prompt.visual                                            # (P,)
     ids, positions, following = p.ids[text], p.positions[:, text], p.next_position
     if o.positions == "moved":
@@ -43,8 +43,8 @@ def mask_video(r: "Rollout", o: "Options") -> "Prompt":
 
 
 def shuffle_frames(r: "Rollout", o: "Options") -> "Prompt":
-    """The prompt with its frames in another order (eq. 3), one for the whole group; positions and
-    times stay. The prompt itself where there is no other order: an image, a clip of one frame."""
+    """The prompt with its frames (not pairs) in another order (eq. 3), one for the whole group;
+    positions and times stay. The prompt itself where no other is: an image, a clip of one frame."""
     n = len(r.prompt.frames)
     if r.prompt.kind == "image" or n < 2:
         return r.prompt
@@ -62,7 +62,7 @@ def frame_order(n: int, generator: torch.Generator) -> Tensor:
 def shift(logp: Tensor, counterfactual_logp: Tensor, kind: str = "abs") -> Tensor:
     """How far tokens' log-probabilities (G, T) move when another video is shown (eq. 2 and 3).
 
-    "abs": in either direction (paper). "signed": only tokens that lose probability rank high
+    "abs": in either direction (paper). "signed": how far they fall, below 0 where they rise
     (released code). "k3": exp(d) - d - 1, d = counterfactual - logp, which estimates the KL from
     the sampled token (Schulman 2020). ValueError for another kind.
     """

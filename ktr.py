@@ -4,7 +4,7 @@ One step of `main`:
     sample      G completions for each prompt, decoded together, and what their answers earn
     learn       for each update: log-probabilities with gradient (score), the clipped objective on
                 key tokens (backward)
-    annotate    in a rollout's first update only: reference, key mask, advantages
+    annotate    between these two, in the first update only: reference, key mask, advantages
     step        clip, AdamW, cosine; log and save
 
     torchrun --nproc_per_node 8 ktr.py --model DIR --data train.json --videos DIR --out runs/ktr
@@ -130,7 +130,7 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
     model = getattr(scorer, "module", scorer).model
     scored = scorer([r.prompt for r in rollouts], [r.group for r in rollouts])
     if not rollouts:
-        return scored.backward()
+        return scored.backward()                # zeros, since the other ranks wait for them
     for r, (logp, entropy) in zip(rollouts, scored):
         r.logp, r.entropy = logp, entropy                               # (G, T); logp with gradient
     clock("score")
@@ -151,7 +151,7 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
             group_loss = group_loss + check_output(f"penalty {o.penalty}", penalty, group_loss,
                                                    gradient=True)
         r.metrics["loss"] = group_loss.detach()
-        loss = loss + group_loss / o.prompts_per_step
+        loss = loss + group_loss / o.prompts_per_step   # of planned prompts; DDP averages ranks
     loss.backward()
     for r in rollouts:
         r.logp = r.logp.detach()

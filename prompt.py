@@ -174,7 +174,7 @@ class Prompt:
     ids: Tensor                         # (P,) token ids, one per merged patch of the clip
     positions: Tensor                   # (3, P)
     next_position: int                  # of the first completion token
-    visual: Tensor                      # (P,) bool: where the vision features go
+    visual: Tensor                      # (P,) bool: where vision features go, not start and end
     frames: Tensor | None               # (n, 3, H, W) uint8; None once the video is hidden
     vision: Vision
     seconds: float                      # between two temporal patches, on average

@@ -2,7 +2,7 @@
 
 R = accuracy + format + length bonus. The rules are those of Video-R1's reward functions (its
 grpo.py), because the cold-start checkpoint and the paper's scores were made with them. Strings in,
-floats out. Benchmarks are scored by the same rules, and by lenient ones (grading.py).
+floats out. Benchmarks are scored by the same rules, and by lenient ones (lab/grading.py).
 """
 
 import math
@@ -24,7 +24,7 @@ def answers(text: str) -> list[str]:
 
 
 def extract_answer(text: str) -> str:
-    """The text of the first `<answer>..</answer>` (Video-R1: also inside the reasoning), or ""."""
+    """The text of the first `<answer>..</answer>`, even inside the reasoning (Video-R1), or ""."""
     return (answers(text) or [""])[0]
 
 

@@ -17,7 +17,7 @@ class Group:
     """G completions of one prompt."""
     ids: Tensor                             # (G, T)
     completion_mask: Tensor                 # (G, T) bool: up to and with the first end token
-    logp: Tensor | None = None              # (G, T) as sampling saw it, at temperature 1
+    logp: Tensor | None = None              # (G, T) as sampling saw it, at temperature 1; logged
     ended: Tensor | None = None             # (G,) bool: an end token came before the limit
 
     @cached_property

@@ -13,8 +13,8 @@ from engine.sharded import flatten
 
 
 def prepare(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """The model on `device`, in evaluation mode, for `policy.sample` and `policy.score`. On CUDA in
-    half precision one decoder layer and one vision block are compiled, and serve all."""
+    """The model on `device`, in evaluation mode (no dropout), for `policy.sample` and `score`. On
+    CUDA in half precision one decoder layer and one vision block are compiled, and serve all."""
     flatten(model, device)
     model.set_attn_implementation(NAMES)
     for layer in model.model.language_model.layers:
