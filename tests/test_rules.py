@@ -342,6 +342,26 @@ def test_several_right_options_earn_a_part_each(prompts):
         assert got.tolist() == want
 
 
+@pytest.mark.parametrize("name, published", [
+    ("vppo", "--ratio 0.4 --pool response --shift k3 --normalize tokens --clip_high 0.28 --beta 0"),
+    ("papo", "--beta 0.01 --kl_on all --clip_high 0.3"),
+    ("pgpo", "--shift k3 --normalize tokens --clip_high 0.28 --filter accuracy --beta 0"),
+    ("tor", "--ratio 0.3 --normalize tokens --beta 0.01 --kl_on all"),
+    ("vepo", "--ratio 0.2 --pool response --normalize selected --beta 0"),
+    ("vgpo", "--normalize tokens --clip_high 0.28 --filter accuracy --beta 0"),
+    ("pepo", "--beta 0.001 --kl_on all"),
+    ("tw_grpo", "--normalize tokens --beta 0 --max_grad_norm 20"),
+    ("dr_grpo", "--normalize constant --beta 0"),
+    ("dapo", "--normalize tokens --clip_high 0.28 --filter accuracy --mask_cut --beta 0"),
+])
+def test_a_rule_trains_under_its_papers_settings(name, published):
+    """Its OPTIONS say them: given once more they change nothing. (Formulas: above.)"""
+    command = ["--model", "m", "--data", "d", "--rule", str(ROOT / f"lab/rules/{name}.py")]
+    given = published.split()
+    assert parse([*command, *given]) == parse(command)
+    assert (tor.TOP_P, vgpo.TOP) == (0.95, 0.2)         # which the small cases above do not tell
+
+
 # ------------------------------------------------------------------------------------------- spread
 def spread_by_loops(states, head, valid):
     """sum_v (e^d - d - 1) averaged over the group, d = mean log-probability - log-probability
