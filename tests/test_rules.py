@@ -350,7 +350,7 @@ def test_several_right_options_earn_a_part_each(prompts):
     ("vepo", "--ratio 0.2 --pool response --normalize selected --beta 0"),
     ("vgpo", "--normalize tokens --clip_high 0.28 --filter accuracy --beta 0"),
     ("pepo", "--beta 0.001 --kl_on all"),
-    ("tw_grpo", "--normalize tokens --beta 0 --max_grad_norm 20"),
+    ("tw_grpo", "--normalize tokens --beta 0 --clip_high 0.28 --max_grad_norm 20"),
     ("dr_grpo", "--normalize constant --beta 0"),
     ("dapo", "--normalize tokens --clip_high 0.28 --filter accuracy --mask_cut --beta 0"),
 ])

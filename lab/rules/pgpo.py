@@ -7,7 +7,7 @@ The weight multiplies the advantage; the loss is DAPO's, without a KL. `--weight
 authors' development code: TAU a quantile of the completion's I, w at least FLOOR, no rescaling.
 
 Source: github.com/zsxm1998/awesome-perception-aware-rlvr, verl/trainer/perception_reasoning_loss.py
-(the authors' own code is not public). Equal scores weigh 1.
+(the announced code is not public; its development: Yzk1114/EasyR1). Equal scores weigh 1.
 Differs: the whole clip is hidden; groups all right or all wrong are dropped, not replaced.
 """
 

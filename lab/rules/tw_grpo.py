@@ -23,7 +23,7 @@ from rewards import EXTRA_REWARDS
 from rollout import Rollout
 
 OPTIONS = ("--signals spread --weighting tw_grpo --extra_reward in_parts --normalize tokens "
-           "--beta 0 --max_grad_norm 20")
+           "--beta 0 --clip_high 0.28 --max_grad_norm 20")
 ALPHA = 1.7
 
 
