@@ -152,9 +152,11 @@ def table_of(study: dict, names: tuple[str, ...] = ()) -> str:
         for control, measure in asked:
             row += [plus_minus(*mean["learning"], "")] if measure == "learning" else []
             row += difference(found[control, measure][0].get((name, control)))
-        rows.append([*row, f"{mean['kl'][0]:.3f}", f"{mean['seconds'][0]:.0f}"])
-    notes = [f"{measure} minus {control}: {note}."
-             for (control, measure), (_, note) in found.items() if note]
+        kl = f"{mean['kl'][0]:.3f}" if mean["kl"][0] else ""       # beta 0: not measured
+        rows.append([*row, kl, f"{mean['seconds'][0]:.0f}"])
+    notes = [f"The start's accuracy is {study['start']['accuracy']:.1f}."]
+    notes += [f"{measure} minus {control}: {note}."
+              for (control, measure), (_, note) in found.items() if note]
     return markdown([*head, "KL", "seconds"], rows) + "\n\n" + " ".join(notes)
 
 
