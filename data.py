@@ -134,11 +134,11 @@ class Prompts:
 
 def main() -> int:
     """Scan a data set; print what is wrong, and write it as a JSON list. The exit status."""
-    parser = argparse.ArgumentParser(description="Name records that cannot be used.")
-    parser.add_argument("command", choices=["check"])
+    parser = argparse.ArgumentParser(description="Names what cannot be used, or teaches nothing.")
+    parser.add_argument("command", choices=["check"], help="look at every record")
     parser.add_argument("data", help="records: a JSON list or JSON lines")
     parser.add_argument("--videos", required=True, help="the folder that paths start from")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     a = parser.parse_args()
     records, malformed = read_records(a.data)
     bad = [{"path": None, "reason": reason} for reason in malformed]
