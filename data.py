@@ -62,7 +62,7 @@ class Limits:
     text_after: str = "clip"
 
     def area(self, kind: str, n: int) -> tuple[int, int]:
-        """(least, most) pixels of each frame of a clip of n frames, or of an image."""
+        """(fewest, most) pixels of each frame of a clip of n frames, or of an image."""
         if self.pixels == "paper":
             return 0, self.max_pixels if kind == "video" else self.image_pixels
         if kind == "image":
@@ -80,8 +80,8 @@ def load_media(record: dict, root: str | Path, limits: Limits,
     name = f"{name_of(record)}: {one_line(path)}"
 
     def resize(frames: np.ndarray, n: int) -> np.ndarray:
-        least, most = limits.area(kind, n)
-        return fit(frames, most, vision, least).numpy()
+        min_pixels, max_pixels = limits.area(kind, n)
+        return fit(frames, max_pixels, vision, min_pixels).numpy()
 
     if not os.path.isfile(path):                        # False also for a name that is too long
         raise BadRecord(f"{name}: no such file")
