@@ -84,7 +84,7 @@ class Options:
                             "or the sum of all by their tokens (DAPO), or a constant (Dr. GRPO)")
     kl_on: str = one_of("selected", "all", help="tokens that bear the KL: the key tokens, or all")
     # ---- other papers'
-    clip_high: float = number(0.0, "how far above 1 probability ratios count (DAPO 0.28); 0: --clip")
+    clip_high: float = number(0.0, "how far above 1 probability ratios count (DAPO .28); 0: --clip")
     updates: int = number(1, "optimizer steps for each rollout", above=0)
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
     filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if all "
