@@ -101,8 +101,8 @@ def check_memory(o: Options, ranks: int) -> None:
     row = (min(tokens, o.max_prompt) + o.G * o.max_new_tokens) * text.num_hidden_layers
     active = each / 2 * (ACTIVATIONS + FURTHER * (o.prompts_per_step - 1)) * row * text.hidden_size
     needed = weights * each * (2 if o.beta > 0 else 1) + trained * each + state + active
-    have = torch.cuda.get_device_properties(0).total_memory
-    if needed > have:
+    room = torch.cuda.get_device_properties(0).total_memory
+    if needed > room:
         raise SystemExit(
-            f"error: a GPU needs {needed / 2**30:.0f} GiB and has {have / 2**30:.0f}; what helps: "
+            f"error: a GPU needs {needed / 2**30:.0f} GiB and has {room / 2**30:.0f}; what helps: "
             f"more GPUs, --offload ({12 * trained / 1e9:.0f} GB of host), --beta 0, fewer frames")
