@@ -188,23 +188,23 @@ def ask(name: str, r: "Rollout", o: "Options") -> "Tensor | Prompt":
     return given
 
 
-def check_output(rule: str, value: Tensor, *like: Tensor, gradient: bool = False,
+def check_output(rule: str, value: Tensor, *examples: Tensor, gradient: bool = False,
                  minimum: float = -math.inf) -> Tensor:
-    """`value`, which a rule returned. RuleError unless it has the shape and device of a tensor in
-    `like`, no NaN (unless one of these has), no value below `minimum`, and a gradient as asked."""
+    """`value`, which a rule returned. RuleError unless it has the shape and device of one of the
+    examples, no NaN (unless one of them has), no value below minimum, and a gradient as asked."""
     fault = None
     if not isinstance(value, Tensor):
         fault = f"a {type(value).__name__}"
-    elif (value.shape, value.device) not in [(x.shape, x.device) for x in like]:
+    elif (value.shape, value.device) not in [(x.shape, x.device) for x in examples]:
         fault = f"shape {tuple(value.shape)} on {value.device}"
     elif value.requires_grad != gradient:
         fault = f"one {'with a' if value.requires_grad else 'without'} gradient"
-    elif value.isnan().any() and not any(x.isnan().any() for x in like):
+    elif value.isnan().any() and not any(x.isnan().any() for x in examples):
         fault = "NaN"
     elif (value < minimum).any():
         fault = f"one below {minimum}"
     if fault:
-        shapes = " or ".join(str(tuple(x.shape)) for x in like)
-        raise RuleError(f"{rule}: expected a tensor of shape {shapes} on {like[0].device} "
+        shapes = " or ".join(str(tuple(x.shape)) for x in examples)
+        raise RuleError(f"{rule}: expected a tensor of shape {shapes} on {examples[0].device} "
                         f"{'with a' if gradient else 'without'} gradient, no NaN; got {fault}")
     return value

@@ -62,7 +62,7 @@ class Limits:
     text_after: str = "clip"
 
     def area(self, kind: str, n: int) -> tuple[int, int]:
-        """(least, most) pixels of each frame of a clip of n frames, or of an image."""
+        """(fewest, most) pixels of each frame of a clip of n frames, or of an image."""
         if self.pixels == "paper":
             return 0, self.max_pixels if kind == "video" else self.image_pixels
         if kind == "image":
@@ -80,8 +80,8 @@ def load_media(record: dict, root: str | Path, limits: Limits,
     name = f"{name_of(record)}: {one_line(path)}"
 
     def resize(frames: np.ndarray, n: int) -> np.ndarray:
-        least, most = limits.area(kind, n)
-        return fit(frames, most, vision, least).numpy()
+        min_pixels, max_pixels = limits.area(kind, n)
+        return fit(frames, max_pixels, vision, min_pixels).numpy()
 
     if not os.path.isfile(path):                        # False also for a name that is too long
         raise BadRecord(f"{name}: no such file")
@@ -134,11 +134,11 @@ class Prompts:
 
 def main() -> int:
     """Scan a data set; print what is wrong, and write it as a JSON list. The exit status."""
-    parser = argparse.ArgumentParser(description="Name records that cannot be used.")
-    parser.add_argument("command", choices=["check"])
+    parser = argparse.ArgumentParser(description="Names what cannot be used, or teaches nothing.")
+    parser.add_argument("command", choices=["check"], help="look at every record")
     parser.add_argument("data", help="records: a JSON list or JSON lines")
     parser.add_argument("--videos", required=True, help="the folder that paths start from")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     a = parser.parse_args()
     records, malformed = read_records(a.data)
     bad = [{"path": None, "reason": reason} for reason in malformed]

@@ -135,10 +135,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, help="longest answer, in tokens")
     add("--temperature", type=float, help="sampling temperature; 0: greedy")
     add("--top_p", type=float, help="probability mass that is sampled from")
-    add("--seconds", choices=["one", "true"], help="time between temporal patches: docs/tokens.md")
+    add("--seconds", choices=["one", "true"], help="temporal patches: 1.0 s apart, or true time")
     add("--text_after", choices=["clip", "frame"], help="where the text's positions begin after "
         "a clip: after its highest, or after a frame's larger side (trained under transformers 5)")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="type of weights")
     add("--batch", type=int, default=32, help="questions that are answered together")
     add("--workers", type=int, default=4, help="processes of each rank that decode clips")
     add("--rescore", metavar="FILE", help="score these predictions again; no model needed")

@@ -29,6 +29,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """KL(policy || reference) at each sampled token (Schulman 2020), x clamped to +-10."""
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', not {kind!r}")
     x = (ref_logp - logp).clamp(-10, 10)
     if kind == "k1":
         return -x
@@ -38,19 +40,18 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor,
               completion_mask: Tensor, key_mask: Tensor, *, beta: float = 0.04, clip: float = 0.2,
               clip_high: float = 0.0, normalize: str = "length", divisor: float | None = None,
-              kl_on: str = "selected",
-              kl_estimator: str = "k3") -> tuple[Tensor, dict[str, Tensor]]:
+              kl_on: str = "selected", kl_estimator: str = "k3") -> tuple[Tensor, dict]:
     """The negated objective of one group, and what to log about it.
 
     logp, old_logp, ref_logp: (G, T) log-probabilities of the sampled tokens; ref_logp None: no KL.
     advantages: (G,), or (G, T) if each token has its own.
     completion_mask: (G, T) bool.  key_mask: (G, T) bool, or float weights >= 0.
     clip_high: the upper clip (DAPO); 0: as clip.
-    normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the mass of its key
-    tokens (released code: a gradient 2 to 3.5 times as large); "tokens" (DAPO) and "constant"
-    (Dr. GRPO) divide the sum over all rows by `divisor`, by default the group's tokens.
+    normalize: "length" divides a row's sum by |o_i| (paper); "selected" by the sum of its key_mask
+    (released code: a gradient 2 to 3.5 times as large; 0 where that is 0); "tokens" (DAPO) and
+    "constant" (Dr. GRPO) divide the sum of all rows by `divisor`, by default the group's tokens.
     kl_on: "selected" puts the KL term on key tokens only (released code); "all" on every token.
-    A row without key tokens adds 0. Values at padding are ignored, whatever they are.
+    Log-probabilities at padding are ignored, whatever they are.
     """
     if normalize not in ("length", "selected", "tokens", "constant"):
         raise ValueError(f"unknown normalize {normalize!r}")

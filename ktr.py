@@ -71,11 +71,11 @@ def completion_texts(processor: Processor, group: Group) -> list[str]:
     return [processor.tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in rows]
 
 
-def add_rewards(o: Options, r: Rollout, counted: Tensor) -> None:
-    """Set the length bonus (G,), by each completion's number of `counted` (G, T) tokens; the
-    rewards (G,), and the loss mask (G, T)."""
-    r.length_bonus = length_bonus(r.accuracy, counted.sum(-1).cpu(), o.length_low, o.length_high,
-                                  o.length_bonus)
+def add_rewards(o: Options, r: Rollout, length_mask: Tensor) -> None:
+    """Set the length bonus and the rewards (G,), and the loss mask (G, T). The bonus counts the
+    tokens in length_mask (G, T)."""
+    r.length_bonus = length_bonus(r.accuracy, length_mask.sum(-1).cpu(), o.length_low,
+                                  o.length_high, o.length_bonus)
     r.rewards = r.accuracy + r.format + r.length_bonus + r.extra_reward
     r.loss_mask = loss_mask(o, r)
 
@@ -93,7 +93,7 @@ def loss_mask(o: Options, r: Rollout) -> Tensor:
 # ----------------------------------------------------------------------------------------- annotate
 def annotate(o: Options, rollouts: list[Rollout], model: nn.Module, reference: nn.Module | None,
              clock: Clock) -> None:
-    """What is found out once a rollout: reference, key mask, advantages (eq. 1)."""
+    """What a rollout needs once: reference log-probabilities, key mask, advantages (eq. 1)."""
     prompts, groups = [r.prompt for r in rollouts], [r.group for r in rollouts]
     if reference is not None:
         with torch.no_grad():
@@ -130,7 +130,7 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
     model = getattr(scorer, "module", scorer).model
     scored = scorer([r.prompt for r in rollouts], [r.group for r in rollouts])
     if not rollouts:
-        return scored.backward()                # zeros, since the other ranks wait for them
+        return scored.backward()        # of 0: other ranks wait for this one's gradients
     for r, (logp, entropy) in zip(rollouts, scored):
         r.logp, r.entropy = logp, entropy                               # (G, T); logp with gradient
     clock("score")
@@ -160,9 +160,9 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
 
 def loss_divisor(o: Options, rollouts: list[Rollout], ranks: int,
                  device: torch.device) -> float | None:
-    """What divides the sum over a group's tokens. --normalize tokens: the tokens of the step that
-    bear the loss, on all ranks, divided by its prompts; constant: G x max_new_tokens; else None:
-    each row has its own."""
+    """What the sum over a group's tokens is divided by. --normalize tokens: this step's tokens that
+    bear the loss, on all ranks, over its number of prompts; constant: G x max_new_tokens; length
+    and selected: None, since each row has its own."""
     if o.normalize == "tokens":
         tokens = all_reduce_sum({"tokens": sum(float(r.loss_mask.sum()) for r in rollouts)}, device)
         return max(1.0, tokens["tokens"]) / (o.prompts_per_step * ranks)

@@ -70,7 +70,7 @@ class Options:
     length_of: str = one_of("response", "selected", help="tokens that the length bonus counts")
     length_low: int = number(320, "shortest completion that earns the length bonus, in tokens")
     length_high: int = number(512, "longest completion that earns the length bonus, in tokens")
-    length_bonus: float = number(0.2, "reward for a right answer of such a length")
+    length_bonus: float = number(0.2, "reward for a right answer of --length_low to --length_high")
     # ---- the method: GRPO
     G: int = number(8, "completions of each prompt", minimum=2)
     temperature: float = number(1.0, "sampling temperature", above=0)
@@ -80,11 +80,11 @@ class Options:
     beta: float = number(0.04, "weight of the KL to the starting checkpoint; 0: no KL term")
     clip: float = number(0.2, "how far from 1 the probability ratio counts", above=0)
     normalize: str = one_of("length", "selected", "tokens", "constant", help="what divides "
-                            "the loss: each completion's by its length, or its selected tokens; "
+                            "the loss: each completion's by its length, or its key tokens; "
                             "or the sum of all by their tokens (DAPO), or a constant (Dr. GRPO)")
     kl_on: str = one_of("selected", "all", help="tokens that bear the KL: the key tokens, or all")
     # ---- other papers'
-    clip_high: float = number(0.0, "how far above 1 the ratio counts (DAPO: 0.28); 0: as --clip")
+    clip_high: float = number(0.0, "how far above 1 probability ratios count (DAPO .28); 0: --clip")
     updates: int = number(1, "optimizer steps for each rollout", above=0)
     kl_estimator: str = one_of("k3", "k1", "k2", help="estimator of the KL, by Schulman's names")
     filter: str = one_of("none", "accuracy", "reward", help="leave a group out of the loss if all "

@@ -114,8 +114,8 @@ class Vision:
 
 def fit(frames: np.ndarray, max_pixels: float, v: Vision, min_pixels: int = 0) -> Tensor:
     """(n, H, W, 3) uint8 -> (n, 3, h, w) uint8 within the limits: bicubic, antialiased, rounded."""
-    least = min(max(min_pixels, v.min_pixels), max_pixels)
-    size = target_size(*frames.shape[1:3], max_pixels, least, v.patch * v.merge)
+    min_pixels = min(max(min_pixels, v.min_pixels), max_pixels)
+    size = target_size(*frames.shape[1:3], max_pixels, min_pixels, v.patch * v.merge)
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     same = x.shape[-2:] == size
     return x if same else F.interpolate(x, size=size, mode="bicubic", antialias=True)
@@ -209,10 +209,10 @@ class Processor:
         added = tokenizer.added_tokens_decoder.values()
         self.control = [token.content for token in added if token.special]
         size = preprocessor.get("size") or {}
-        least = preprocessor.get("min_pixels") or size.get("shortest_edge") or Vision.min_pixels
+        min_area = preprocessor.get("min_pixels") or size.get("shortest_edge") or Vision.min_pixels
         vision = config.vision_config
         self.vision = Vision(
-            vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, least,
+            vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, min_area,
             tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"]),
             getattr(vision, "tokens_per_second", None), family_of(config).timestamps)
 

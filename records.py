@@ -94,8 +94,8 @@ def useless(record: dict) -> str | None:
 
 
 def read_records(path: str | Path, leave_out: str | Path | None = None) -> tuple[list, list[str]]:
-    """The usable records of a file, and a line for each malformed one, without those that
-    `data.py check` listed in leave_out: all of a path or, if the entry names a row, this one.
+    """The usable records of a file, and a line for each malformed one. leave_out is a list that
+    `data.py check` wrote: an entry leaves out the row that it names, or all records of its path.
     BadRecord if a file is not JSON, or holds no rows."""
     rows, listed = read_json(path), read_json(leave_out) if leave_out else []
     if not rows:

@@ -80,8 +80,7 @@ def accuracy_reward(completion: str, solution: str, problem_type: str) -> float:
     """How right the answer is, in [0, 1], by the problem type's function of ACCURACY. A completion
     without answer tags earns 0. Raises ValueError for an unknown problem_type."""
     if problem_type not in ACCURACY:
-        known = ", ".join(ACCURACY)
-        raise ValueError(f"unknown problem_type {problem_type!r}; known: {known}")
+        raise ValueError(f"unknown problem_type {problem_type!r}; known: {', '.join(ACCURACY)}")
     answer, truth = extract_answer(completion), extract_answer(solution) or solution.strip()
     return float(ACCURACY[problem_type](answer, truth)) if answer else 0.0
 

@@ -36,7 +36,7 @@ class Rollout:
     fields hold 0 or False at padding. Rewards are on the CPU, the rest on the policy's device."""
     prompt: "Prompt"
     group: Group
-    seed: int                               # of sampling, even; signals draw from seed + 1
+    seed: int                               # even, for sampling; signals draw from seed + 1
 
     accuracy: Tensor | None = None          # (G,) how right each answer is, 0..1
     format: Tensor | None = None            # (G,) 1 for the right form, else 0

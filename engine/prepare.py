@@ -38,10 +38,10 @@ def compiled_on_cuda(function, dynamic: bool = False):
     compiled = torch.compile(function, dynamic=dynamic)
 
     @wraps(function)
-    def chosen(x: Tensor, *more):
+    def wrapper(x: Tensor, *more):
         return (compiled if x.is_cuda else function)(x, *more)
 
-    return chosen
+    return wrapper
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

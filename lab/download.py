@@ -144,9 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
         prog="train.sh data", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR")
-    add("--list", default="paper", help="paper, 260k, a file in Video-R1's form, or a URL")
-    add("--only", nargs="+", default=[], metavar="PART", help="image, video, or folders")
+    add("folder", type=Path, metavar="DIR", help="folder for the data")
+    add("--list", default="paper", help="list: paper, 260k, a file in Video-R1's form, or a URL")
+    add("--only", nargs="+", default=[], metavar="PART", help="parts: image, video, or folders")
     add("--benchmarks", action="store_true", help="load the benchmarks, not the training data")
     add("--keep_zips", action="store_true", help="keep each zip after it is unpacked")
     add("--dry_run", action="store_true", help="tell what would be loaded, and stop")

@@ -400,14 +400,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)} (default: all)")
-    add("--only", nargs="+", choices=VARIANTS, help="not all of their rules")
-    add("--rule", type=Path, help="a file that registers a rule (lab/rules)")
-    add("--looks", action="store_true", help="attribution and gradients instead")
-    add("--seeds", type=int, help="at most (default: what STUDIES says; with --rule 4)")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one per core)")
+    add("--only", nargs="+", choices=VARIANTS, metavar="RULE",
+        help="these rules of a study, by the names of its table (default: all)")
+    add("--rule", type=Path, help="a file of yours that registers a rule (docs/rules.md)")
+    add("--looks", action="store_true", help="look at attribution and gradients; train nothing")
+    add("--seeds", type=int, help="most seeds of a rule (default: the study's; with --rule 4)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
     add("--minutes", type=float, default=math.inf,
-        help="stop then, with what is finished; what runs has half a minute more to save")
-    add("--out", type=Path, default=Path("runs/study"))
+        help="minutes until it stops; what runs then has half a minute more to save")
+    add("--out", type=Path, default=Path("runs/study"), help="folder for worlds, runs and results")
     a = parser.parse_args()
     out, studies = a.out.resolve(), a.studies or (["toy"] if a.rule else list(STUDIES))
     if unknown := set(studies) - set(STUDIES):

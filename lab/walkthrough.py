@@ -33,7 +33,7 @@ One question of the toy world, answered by its cold start, through the whole of 
 numbers. `ktr.py` does this for eight questions in each step of `bash train.sh`. This page is made
 by `OMP_NUM_THREADS=1 python -m lab.walkthrough`; a test makes it again.
 
-## The question
+## The question (`lab.toy.new_example`, `lab.toy.render`)
 
 ![the clip's {frames} frames](walkthrough.png)
 
@@ -52,7 +52,7 @@ by `OMP_NUM_THREADS=1 python -m lab.walkthrough`; a test makes it again.
 
 {completions}
 
-## Rewards and advantages, eq. 1 (`ktr.add_rewards`, `grpo.group_advantages`)
+## Rewards and advantages, eq. 1 (`ktr.answer_rewards`, `ktr.add_rewards`, `grpo.group_advantages`)
 
 | row | answer | accuracy | format | R | advantage (R - {mean:.2f}) / ({deviation:.2f} + 1e-4) |
 |---|---|---|---|---|---|
@@ -62,12 +62,12 @@ No completion has 320 tokens, so the length bonus is 0.
 
 ## Attribution, eq. 2 to 5 (`attribution.attribute`)
 
-The table shows completion {row}, token by token: log p; log p with the video masked
-(`attribution.mask_video`: {masked} tokens of the prompt are left); log p with the frames in the
-order {order} (`attribution.shuffle_frames`); how far it moves (`attribution.shift`). Each signal
-keeps the top 20% of the group's {tokens} tokens, that is {kept} (`attribution.top_tokens`):
-V visual, T temporal, H entropy. A token that any of them keeps is a key token
-(`attribution.union`): {key} in the group, {row_key} of the {length} in completion {row}.
+The table shows completion {row}, token by token: log p and entropy (`policy.score_groups`); log p
+with the video masked (`attribution.mask_video`: {masked} tokens of the prompt are left); log p with
+the frames in the order {order} (`attribution.shuffle_frames`); how far it moves
+(`attribution.shift`). Each signal keeps the top 20% of the group's {tokens} tokens, that is {kept}
+(`attribution.top_tokens`): V visual, T temporal, H entropy. A token that any of them keeps is a key
+token (`attribution.union`): {key} in the group, {row_key} of the {length} in completion {row}.
 
 | token | log p | masked | change | shuffled | change | entropy | kept by |
 |---|---|---|---|---|---|---|---|
@@ -82,7 +82,7 @@ step the policy is still the reference, so KL = 0. Completion {row} adds
 
 to the objective. `grpo_loss` of this row alone gives the loss {loss:.4f}, the negative of it.
 
-## The gradient (`lab.gradients`)
+## The gradient (`lab.gradients.gradient_of`)
 
 Of the loss of all {G} completions, in the last layer of the language model:
 
@@ -115,8 +115,8 @@ def token_rows(r: Rollout, row: int, masked, shuffled, tokenizer) -> list[str]:
     for t in range(r.group.lengths[row]):
         word = tokenizer.decode([int(r.group.ids[row, t])]).strip().replace("|", "\\|")
         kept = " ".join(letters[name] for name, top in r.top_tokens.items() if top[row, t])
-        logp, hidden, moved = (float(x[row, t]) for x in (r.logp, masked, shuffled))
-        numbers = (logp, hidden, abs(logp - hidden), moved, abs(logp - moved),
+        logp, without, other = (float(x[row, t]) for x in (r.logp, masked, shuffled))
+        numbers = (logp, without, abs(logp - without), other, abs(logp - other),
                    float(r.entropy[row, t]))
         cells = " | ".join(f"{round(x, 2) + 0:.2f}" for x in numbers)           # + 0: no -0.00
         lines.append(f"| `{word}` | {cells} | {kept} |")
@@ -178,5 +178,5 @@ def walk(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for both files")
     walk(parser.parse_args().out)

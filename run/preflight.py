@@ -33,12 +33,12 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
     if 0 < gpus < here and os.environ.get("KTR_SHARE_GPU") != "1":
         fail(f"{here} processes on this machine but only {gpus} GPUs; lower NPROC")
     out = Path(o.out)
-    held = newest(out)
-    if o.resume == "never" and (held or (out / "log.jsonl").exists()):
+    previous = newest(out)
+    if o.resume == "never" and (previous or (out / "log.jsonl").exists()):
         fail(f"--out {out} holds a run already; choose another folder or --resume auto")
     try:
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         fail(f"--out {out} cannot be written: {error}")
     try:
@@ -58,10 +58,10 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
         fail(f"{len(malformed)} of {rows} records of {o.data} are malformed, the first: "
              f"{malformed[0]}")
 
-    if held:
-        check_made_by(held, made_by(o, ranks, records))
-    untried = usable - lost_records(out).keys() if held else usable
-    trial = [i for i, r in enumerate(records) if r["row"] in untried][:3]
+    if previous:
+        check_made_by(previous, made_by(o, ranks, records))
+    candidates = usable - lost_records(out).keys() if previous else usable
+    trial = [i for i, r in enumerate(records) if r["row"] in candidates][:3]
     data = Prompts(records, o.videos, processor, limits_of(o))
     tried = list(loader(data, trial, workers=min(1, o.workers)))
     if not any(isinstance(item, Prompt) for item in tried):
@@ -70,10 +70,10 @@ def check_start(o: Options) -> tuple[list[dict], set[int]]:
     if int(os.environ.get("RANK", 0)) == 0:
         for line in malformed:
             print(f"left out: {line}")
-        vain = [why for r in records if r["row"] in usable and (why := useless(r))]
-        if vain:
-            print(f"nothing can be learnt from {len(vain)} of {rows} records, the first: {vain[0]} "
-                  f"(`python data.py check` lists them for --leave_out)")
+        reasons = [why for r in records if r["row"] in usable and (why := useless(r))]
+        if reasons:
+            print(f"nothing can be learnt from {len(reasons)} of {rows} records, the first: "
+                  f"{reasons[0]} (`python data.py check` lists them for --leave_out)")
     return records, {i for i, r in enumerate(records) if r["row"] not in usable}
 
 
@@ -101,8 +101,8 @@ def check_memory(o: Options, ranks: int) -> None:
     row = (min(tokens, o.max_prompt) + o.G * o.max_new_tokens) * text.num_hidden_layers
     active = each / 2 * (ACTIVATIONS + FURTHER * (o.prompts_per_step - 1)) * row * text.hidden_size
     needed = weights * each * (2 if o.beta > 0 else 1) + trained * each + state + active
-    there = torch.cuda.get_device_properties(0).total_memory
-    if needed > there:
+    room = torch.cuda.get_device_properties(0).total_memory
+    if needed > room:
         raise SystemExit(
-            f"error: a GPU needs {needed / 2**30:.0f} GiB and has {there / 2**30:.0f}; what helps: "
+            f"error: a GPU needs {needed / 2**30:.0f} GiB and has {room / 2**30:.0f}; what helps: "
             f"more GPUs, --offload ({12 * trained / 1e9:.0f} GB of host), --beta 0, fewer frames")

@@ -27,7 +27,7 @@ from run.logs import Clock, Log, drop_later_rows, reporter, sample_of
 from run.preflight import UNUSABLE, made_by
 from run.stream import Stream
 
-PATIENCE = 5            # steps in a row that may be skipped because the gradient is not finite
+NOT_FINITE = 5          # steps in a row that may be skipped because the gradient is not finite
 IDLE = 10               # steps in a row without anything to learn, before that is said
 
 
@@ -165,8 +165,8 @@ class Training:
         """A checkpoint when it is due. SystemExit where the run must end: a signal asked for it,
         the model has broken, or too many records cannot be used."""
         o, out, done, steps = self.o, Path(self.o.out), self.state["step"], self.stream.steps
-        if self.state["not_finite"] >= PATIENCE:
-            raise SystemExit(f"error: the gradient was not finite in {PATIENCE} steps in a row; "
+        if self.state["not_finite"] >= NOT_FINITE:
+            raise SystemExit(f"error: the gradient was not finite in {NOT_FINITE} steps in a row; "
                              f"lower --lr, or look at {out / 'samples.jsonl'}")
         seen, skipped = done * self.stream.all_ranks_prompts, self.state["skipped"]
         if skipped > UNUSABLE * max(seen, 100):

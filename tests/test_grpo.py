@@ -124,3 +124,5 @@ def test_unknown_choices_are_errors():
         grpo_loss(x, x, None, torch.ones(1), valid, valid, normalize="batch")
     with pytest.raises(ValueError, match="kl_on"):
         grpo_loss(x, x, None, torch.ones(1), valid, valid, kl_on="key")
+    with pytest.raises(ValueError, match="kl_estimator"):
+        grpo_loss(x, x, x, torch.ones(1), valid, valid, kl_estimator="k4")

@@ -27,7 +27,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {        # of log p, 
 }
 
 
-def moved(r: Rollout, o: Options, signal: str, kind: str) -> Tensor:
+def distance_scores(r: Rollout, o: Options, signal: str, kind: str) -> Tensor:
     """(G, T): how far each prediction moves under a counterfactual, where that applies."""
     changed, mask = COUNTERFACTUALS[signal](r, o), r.group.completion_mask
     if changed is r.prompt:
@@ -38,4 +38,4 @@ def moved(r: Rollout, o: Options, signal: str, kind: str) -> Tensor:
 
 for signal in ("visual", "temporal"):
     for kind in DISTANCES:
-        SCORES[f"{signal}_{kind}"] = partial(moved, signal=signal, kind=kind)
+        SCORES[f"{signal}_{kind}"] = partial(distance_scores, signal=signal, kind=kind)
