@@ -5,7 +5,7 @@
 
 In a document a block stands between <!-- NAME --> and <!-- end -->. Differences are paired by seed,
 +- is a 95% interval over seeds, p is Student's paired t with Holm's correction for all lines of a
-table (or of a question). The questions were written down before the runs, with the difference that
+column (or of a question). The questions were written down before the runs, with the difference that
 each could find, by the deviations of an earlier study's pairs (bench/results/before.json).
 """
 
@@ -100,11 +100,15 @@ def compare(runs: dict, pairs: list[Pair], measure: str = "accuracy") -> tuple[d
 
 def could_find(values: list[list[float]], n: int, among: int) -> str:
     """The true difference that n pairs find, by the median deviation of these differences: alone,
-    and at Bonferroni's level, which Holm's is at worst."""
-    noise = statistics.median(map(statistics.stdev, values))
-    alone, corrected = detectable(noise, n), detectable(noise, n, 0.05 / among)
-    return (f"a pair deviates by {noise:.1f} (median); {n} pairs find {alone:.1f} alone"
-            + (f", {corrected:.1f} among {among}" if among > 1 else ""))
+    and at Bonferroni's level, which Holm's is at worst; and this by the largest deviation."""
+    deviations = [statistics.stdev(one) for one in values]
+    median, largest = statistics.median(deviations), max(deviations)
+    if among == 1:
+        return f"a pair deviates by {median:.1f}; {n} pairs find {detectable(median, n):.1f}"
+    corrected = [detectable(deviation, n, 0.05 / among) for deviation in (median, largest)]
+    return (f"a pair deviates by {median:.1f} (median; largest {largest:.1f}); {n} pairs find "
+            f"{detectable(median, n):.1f} alone, {corrected[0]:.1f} among {among} "
+            f"({corrected[1]:.1f} for the noisiest)")
 
 
 def plus_minus(mean: float, half: float, sign: str = "+") -> str:
@@ -222,10 +226,11 @@ def answers_table(studies: dict) -> str:
 
 
 def verdict(mean: float, half: float, published: float) -> str:
-    """By the 95% interval. Points of a toy are not points of a benchmark; the sign can be told."""
+    """By the 95% interval, not corrected. Points of a toy are not points of a benchmark: only the
+    sign can be told."""
     if not abs(mean) > half:
-        return "disagrees" if abs(mean - published) > half else "cannot tell"
-    return "sign agrees" if mean * published > 0 else "disagrees"
+        return "not seen"
+    return "same sign" if mean * published > 0 else "opposite sign"
 
 
 def claims_table(studies: dict) -> str:
