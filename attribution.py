@@ -149,7 +149,7 @@ def attribute(rollouts: list["Rollout"], o: "Options",
     """Fill in each rollout's scores and top tokens by signal, and its key mask. No gradient.
 
     score(prompts, groups) returns the log-probabilities (G, T) of each group after its prompt; it
-    is called once for each counterfactual. RuleError if what a rule returns cannot be used.
+    is called once for a counterfactual, if it applies. RuleError if a rule's output is unusable.
     """
     for name in o.signals:
         asked = [(r, given) for r in rollouts if (given := ask(name, r, o)) is not r.prompt]
@@ -157,7 +157,7 @@ def attribute(rollouts: list["Rollout"], o: "Options",
             for r, scores in asked:
                 r.scores[name] = scores
             continue
-        found = score([prompt for _, prompt in asked], [r.group for r, _ in asked])
+        found = asked and score([prompt for _, prompt in asked], [r.group for r, _ in asked])
         for (r, _), counterfactual_logp in zip(asked, found):
             r.scores[name] = shift(r.logp.detach(), counterfactual_logp, o.shift)   # eq. 2, 3
     for r in rollouts:          # after all passes, since reading a number waits for the GPU

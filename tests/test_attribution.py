@@ -133,8 +133,7 @@ class Asked(list):
     """A function that scores prompts: what it is asked for; every answer is logp = -2."""
 
     def __call__(self, prompts, groups):
-        if prompts:
-            self.append(list(zip(prompts, groups)))
+        self.append(list(zip(prompts, groups)))
         return [torch.full(group.ids.shape, -2.0) for group in groups]
 
 
