@@ -19,7 +19,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import logging
 
 from data import BadRecord, read_json, read_records
 from lab.holmes import converted
@@ -125,7 +126,9 @@ def benchmarks(a: argparse.Namespace) -> None:
         try:
             path = list_of(url_of("Video-R1/Video-R1-eval", f"eval_{name}.json"), a.folder)
             load(repo, root, named_by(read_records(path)[0]), a.folder, a.keep_zips, a.dry_run)
-        except HTTPError as error:
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403, 404):
+                raise                                   # the hub is ill, not unwilling
             print(f"{name}: {first_line(error)}; the rest goes on. Some data sets want their terms "
                   f"accepted (https://huggingface.co/datasets/{repo}) and `hf auth login`")
     list_of(url_of("TencentARC/Video-Holmes", "test_Video-Holmes.json"), a.folder)
@@ -154,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     a.folder = a.folder.resolve()
     if a.benchmarks and (a.only or a.list != "paper"):
         parser.error("--list and --only choose training data; --benchmarks takes neither")
+    logging.set_verbosity_error()               # its retries tell nothing that the end does not
     try:
         a.folder.mkdir(parents=True, exist_ok=True)
         (benchmarks if a.benchmarks else training)(a)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -32,7 +33,7 @@ def url_of(repo: str, path: str) -> str:
 
 def headers_for(url: str) -> dict:
     """With the hub's login, where the hub is asked."""
-    return build_hf_headers() if url.startswith(constants.ENDPOINT) else {}
+    return build_hf_headers() if url.startswith(f"{constants.ENDPOINT}/") else {}
 
 
 def size_of(path: Path) -> int:
@@ -54,8 +55,13 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
     if size is None or size_of(part) > size:
         part.unlink(missing_ok=True)
     with open(part, "ab+") as file:
-        http_get(url, file, resume_size=file.tell(), headers=headers_for(url), expected_size=size,
-                 displayed_filename=label or path.name)
+        try:
+            http_get(url, file, resume_size=file.tell(), headers=headers_for(url),
+                     expected_size=size, displayed_filename=label or path.name)
+        except (HTTPError, OSError):
+            if size is None or not size_of(part):       # nothing that can be continued
+                part.unlink()
+            raise
         file.seek(0)
         found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
     if found != sha256:

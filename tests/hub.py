@@ -25,10 +25,11 @@ def zip_of(members, links=()):
 class Hub:
     """`files`: {"owner/name": {path: bytes}}. `asked`: [(path, range)] of the files' GETs.
     `cut[path]`: bytes after which the connection is cut, once; `wrong` paths have a wrong byte in
-    whole files; `gated` data sets answer 403; `pause` seconds lie between two pieces of a file."""
+    whole files; `gated` data sets answer 403; `ill` paths answer 503, once."""
 
     def __init__(self, files):
         self.files, self.asked, self.cut, self.wrong, self.gated = files, [], {}, set(), set()
+        self.ill = set()
         self.slow = None                        # an event: a GET of a whole file waits for it
         hub = self
 
@@ -54,6 +55,9 @@ class Hub:
                 if repo in hub.gated:
                     return self.answer(403, X_Error_Code="GatedRepo",
                                        X_Error_Message="Access is restricted")
+                if name in hub.ill:
+                    hub.ill.remove(name)
+                    return self.answer(503)
                 if name not in hub.files.get(repo, {}):
                     return self.answer(404, X_Error_Code="EntryNotFound")
                 self.file(name, hub.files[repo][name])
