@@ -8,6 +8,7 @@ cut by a stop is continued (hf_hub_download of huggingface_hub 2 begins it anew,
 used). Mirrors (HF_ENDPOINT), proxies and logins are huggingface_hub's own.
 """
 
+import fcntl
 import hashlib
 import io
 import posixpath
@@ -182,7 +183,13 @@ def unpack(source: Source, folder: Path) -> None:
 def load(repo: str, root: str, wanted: set[str], folder: Path, keep_zips: bool = False,
          dry_run: bool = False) -> None:
     """Say what the wanted files of a data set take; load and unpack what is missing. SystemExit
-    before anything is loaded if the disk has too little room."""
+    before anything is loaded if the disk has too little room, or another process loads it here."""
+    lock = open(folder / f".{posixpath.basename(repo)}.lock", "w")      # closed on return
+    try:
+        if not dry_run:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"error: {folder}: another process loads {repo} into it") from None
     print(f"{repo}: reading what its files hold ...", flush=True)
     sources = sources_of(repo, root, wanted)
     absent = wanted.difference(*(source.items for source in sources))
