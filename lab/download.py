@@ -24,7 +24,7 @@ from huggingface_hub.utils import logging
 
 from data import BadRecord, read_json, read_records
 from lab.holmes import converted
-from lab.hub import fetch, load, size_of, url_of
+from lab.hub import fetch, load, part_of, size_of, url_of
 
 MEDIA = "Video-R1/Video-R1-data"
 PAPER = ("https://raw.githubusercontent.com/ziyue1999/Video-KTR/"
@@ -95,15 +95,16 @@ def check(path: Path, records: list[dict], folder: Path) -> None:
                            stdout=subprocess.PIPE)
     if asked.returncode not in (0, 1):
         raise SystemExit(f"error: {program} check: exit code {asked.returncode}")
-    reasons = {item["path"]: item["reason"] for item in read_json(bad)}
+    reasons = {(item["path"], item.get("row")): item["reason"] for item in read_json(bad)}
     counts = Counter()
     for record in records:
-        reason = reasons.get(record["path"], "usable")
+        reason = (reasons.get((record["path"], None)) or            # its clip's; its own
+                  reasons.get((record["path"], record["row"]), "usable"))
         kind = {"usable": "usable", "no such file": "absent"}.get(reason.split(": ")[-1], "bad")
         counts.update((name, kind) for name in (top(record), "all"))
         if kind == "bad" and counts["all", "bad"] <= 10:
             print(reason)
-    print(f"\n{'records of':24} {'usable':>8} {'no file':>8} {'unreadable':>11}")
+    print(f"\n{'records of':24} {'usable':>8} {'no file':>8} {'unusable':>11}")
     for name in [*sorted(set(map(top, records))), "all"]:
         print(f"{name:24} {counts[name, 'usable']:8} {counts[name, 'absent']:8} "
               f"{counts[name, 'bad']:11}")
@@ -115,8 +116,9 @@ def holmes_list(folder: Path) -> Path:
     path, own = folder / "eval_video-holmes.json", folder / "test_Video-Holmes.json"
     if own.is_file() and not path.is_file():
         rows = [converted(row) for row in json.loads(own.read_text("utf-8-sig"))]
-        path.write_text(json.dumps([{**row, "path": f"./Evaluation/Video-Holmes/{row['path']}"}
-                                    for row in rows], indent=1))
+        rows = [{**row, "path": f"./Evaluation/Video-Holmes/{row['path']}"} for row in rows]
+        part_of(path).write_text(json.dumps(rows, indent=1))
+        part_of(path).rename(path)
     return path
 
 

@@ -94,12 +94,13 @@ STAR, WANTED = "STAR/STAR_part1.zip", ("STAR/a.bin", "STAR/deep/b.bin")
 
 
 def there(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 # -------------------------------------------------------------------------------------- the command
 RECORDS = [record(f"./Math/sub/{i % 3}.png") for i in range(6)]
-RECORDS += [record("./STAR/0.png"), record("./videos_train/id.mp4", "video")]
+RECORDS += [record("./STAR/0.png"), record("./videos_train/id.mp4", "video"),
+            record("./Math/sub/0.png") | {"solution": "<answer>A, B</answer>"}]     # no one letter
 MMVU = [f"videos/{field}/0.mp4" for field in ("Art", "Law")]
 
 
@@ -144,7 +145,7 @@ def whole(tmp_path_factory):
 
 def test_the_plan_is_exact_and_loads_no_media(whole):
     _, hub, (plan, *_) = whole
-    assert "8 records, 0 malformed; 8 are asked for" in plan and "apache-2.0" in plan
+    assert "9 records, 0 malformed; 9 are asked for" in plan and "apache-2.0" in plan
     assert "5 files are named, 1 of them are not on the hub" in plan
     assert "GB to load in 2 files; the disk needs" in plan and "next:" not in plan
     assert "1 records have no clip: 1 clips of Video-Holmes" in plan
@@ -161,8 +162,8 @@ def test_from_nothing_to_the_command_that_trains(whole):
     assert [name for name, _ in hub.loads()][1:4] == [      # STAR_part1 holds nothing it names
         "list.json", "Math/Math_part1.zip", "STAR/STAR_part2.zip"]
     counts = {line.split()[0]: line.split()[1:] for line in made.splitlines() if line.strip()}
-    assert counts["Math"] == ["6", "0", "0"] and counts["videos_train"] == ["0", "1", "0"]
-    assert counts["all"] == ["7", "1", "0"]
+    assert counts["Math"] == ["6", "0", "1"] and counts["videos_train"] == ["0", "1", "0"]
+    assert counts["all"] == ["7", "1", "1"]
     leave_out = folder / "list.bad.json"
     assert made.splitlines()[-1] == (f"next: DATA={folder}/list.json VIDEOS={folder} bash train.sh "
                                      f"7b --leave_out {leave_out}")
@@ -221,6 +222,8 @@ def test_a_killed_download_goes_on_where_it_was(hub, tmp_path):
     while not part.exists() or part.stat().st_size < PIECE:
         assert process.poll() is None
         time.sleep(0.02)
+    code, _, line = load(hub, tmp_path, *WANTED)
+    assert code == 1 and line == f"error: {tmp_path}: another process loads {MEDIA} into it"
     process.send_signal(signal.SIGKILL)
     process.communicate()
     hub.slow.set()
