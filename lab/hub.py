@@ -16,6 +16,7 @@ import shutil
 import stat
 import time
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -164,8 +165,8 @@ def sources_of(repo: str, root: str, wanted: set[str]) -> list[Source]:
 
 
 def unpack(source: Source, folder: Path) -> None:
-    """A zip's wanted members that are missing. One that does not agree with its CRC ends this, and
-    the zip goes."""
+    """A zip's wanted members that are missing. One that cannot be read, or does not agree with its
+    CRC, ends this, and the zip goes."""
     path = source.path(folder)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -175,7 +176,7 @@ def unpack(source: Source, folder: Path) -> None:
                 with archive.open(source.items[place]) as member, open(part, "wb") as file:
                     shutil.copyfileobj(member, file, 1 << 20)
                 part.rename(folder / place)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         path.unlink()
         raise OSError(f"{path}: {error}: deleted") from None
 

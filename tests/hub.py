@@ -11,12 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 
-def zip_of(members, links=()):
-    """The bytes of a zip, stored, as the hub's are: {name: bytes}."""
+def zip_of(members, links=(), kind=zipfile.ZIP_STORED):
+    """The bytes of a zip, of {name: bytes}."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in members.items():
             info = zipfile.ZipInfo(name)
+            info.compress_type = kind
             info.external_attr = (0o120777 if name in links else 0o100644) << 16
             archive.writestr(info, content)
     return file.getvalue()
