@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
             failed += 1
             print(f"{cell}: evaluate.py ended with exit code {error.returncode}; the rest goes on")
         write(cells, models, path)
-    if not any(cell.rows for cell in cells):
+    if not any(cell.result() for cell in cells):            # rows can all be unreadable
         raise SystemExit("error: nothing is measured; see above")
     table, text = write(cells, models, path)
     print(f"\n{text}\n{path}\n{path.with_suffix('.json')}")

@@ -98,6 +98,14 @@ def test_published_figures_stand_beside_sampled_answers_too(house):
     assert cell(GRPO, 32, *other).result()["published"] == {}
 
 
+def test_a_table_without_an_answer_is_an_error(house):
+    answer(KTR, [None] * 4)
+    path = house / "out" / "ktr" / "mmvu-32" / "predictions.jsonl"
+    path.write_text(path.read_text().replace("no such file", "cannot be decoded"))
+    with pytest.raises(SystemExit, match="^error: nothing is measured"):
+        table.main([KTR, "--data", "data", "--out", "out", "--frames", "32"])
+
+
 def test_what_is_left_to_ask(house):
     assert cell(KTR).left == 4
     answer(KTR, ["B", "A", None, None])     # the clip of the third is there now
