@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         (benchmarks if a.benchmarks else training)(a)
     except BadRecord as error:
         raise SystemExit(f"error: {error}") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, json.JSONDecodeError) as error:     # a mirror may answer in HTML
         raise SystemExit(f"error: {first_line(error)}; the same command continues") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None

@@ -26,7 +26,8 @@ from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import (
+    build_hf_headers, hf_raise_for_status, http_backoff, http_stream_backoff)
 
 
 def url_of(repo: str, path: str) -> str:
@@ -90,20 +91,28 @@ class Remote(io.RawIOBase):
     def readinto(self, buffer) -> int:
         n = max(0, min(len(buffer), self.size - self.at))
         if n:
-            asked = {"Range": f"bytes={self.at}-{self.at + n - 1}", **headers_for(self.url)}
-            with http_stream_backoff("GET", self.url, headers=asked) as response:
-                hf_raise_for_status(response)
-                if response.status_code != 206:
-                    raise OSError(f"{self.url}: this server does not send parts of files")
-                buffer[:n] = response.read()
+            response = http_backoff("GET", self.url, headers=self.headers(n))
+            hf_raise_for_status(response)
+            buffer[:n] = response.content
             self.at += n
         return n
+
+    def headers(self, n: int) -> dict:
+        return {"Range": f"bytes={self.at}-{self.at + n - 1}", **headers_for(self.url)}
+
+    def check(self) -> None:
+        """OSError if the hub refuses (zipfile would call that a bad zip), or would send the whole
+        file for a part of it. Nothing is read here: http_stream_backoff cannot retry that."""
+        with http_stream_backoff("GET", self.url, headers=self.headers(1)) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:
+                raise OSError(f"{self.url}: this server does not send parts of files")
 
 
 def members(repo: str, file: RepoFile) -> list[zipfile.ZipInfo]:
     """What a zip on the hub holds; OSError if a member would leave the zip's folder."""
     remote = Remote(url_of(repo, file.path), file.size)
-    remote.read(1)              # zipfile would call the hub's refusal a bad zip
+    remote.check()
     try:
         with zipfile.ZipFile(remote) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]

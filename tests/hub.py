@@ -25,8 +25,9 @@ def zip_of(members, links=(), kind=zipfile.ZIP_STORED):
 
 class Hub:
     """`files`: {"owner/name": {path: bytes}}. `asked`: [(path, range)] of the files' GETs.
-    `cut[path]`: bytes after which the connection is cut, once; `wrong` paths have a wrong byte in
-    whole files; `gated` data sets answer 403; `ill` paths answer 503, once."""
+    `cut[path]`: bytes after which the connection is cut, once, of a whole file, or of a long range
+    at cut["part of PATH"]; `wrong` paths have a wrong byte in whole files; `gated` data sets answer
+    403; `ill` paths answer 503, once."""
 
     def __init__(self, files):
         self.files, self.asked, self.cut, self.wrong, self.gated = files, [], {}, set(), set()
@@ -86,7 +87,8 @@ class Hub:
                 whole = not asked or asked.endswith("-")        # not a look at a zip's table
                 if whole and name in hub.wrong:
                     body = body[:-1] + bytes([body[-1] ^ 1])
-                n = hub.cut.pop(name, len(body)) if whole else len(body)
+                cut = name if whole else f"part of {name}"
+                n = hub.cut.pop(cut) if hub.cut.get(cut, len(body)) < len(body) else len(body)
                 self.send_response(206 if asked else 200)
                 for key, value in {"Content-Length": len(body), **headers}.items():
                     self.send_header(key.replace("_", "-"), str(value))

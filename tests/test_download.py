@@ -210,7 +210,7 @@ def test_a_list_of_another_hash_is_not_kept(tmp_path):
 
 # --------------------------------------------------------------------------------------- the faults
 def test_a_lost_connection_goes_on_where_it_was_lost(hub, tmp_path):
-    hub.cut[STAR] = PIECE + 5
+    hub.cut |= {STAR: PIECE + 5, f"part of {STAR}": 1}     # within the zip, and its table
     assert load(hub, tmp_path, *WANTED)[0] == 0
     assert hub.loads() == [(STAR, None), (STAR, f"bytes={PIECE}-")]
     assert there(tmp_path) == set(WANTED) and (tmp_path / "STAR/a.bin").read_bytes() == BIG
