@@ -194,12 +194,12 @@ def load(repo: str, root: str, wanted: set[str], folder: Path, keep_zips: bool =
          dry_run: bool = False) -> None:
     """Say what the wanted files of a data set take; load and unpack what is missing. SystemExit
     before anything is loaded if the disk has too little room, or another process loads it here."""
-    lock = open(folder / f".{posixpath.basename(repo)}.lock", "w")      # closed on return
-    try:
-        if not dry_run:
+    if not dry_run:
+        lock = open(folder / f".{posixpath.basename(repo)}.lock", "w")      # until this returns
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"error: {folder}: another process loads {repo} into it") from None
+        except BlockingIOError:
+            raise SystemExit(f"error: {folder}: another process loads {repo} into it") from None
     print(f"{repo}: reading what its files hold ...", flush=True)
     sources = sources_of(repo, root, wanted)
     absent = wanted.difference(*(source.items for source in sources))
