@@ -19,11 +19,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import logging
 
 from data import BadRecord, read_json, read_records
 from lab.holmes import converted
-from lab.hub import fetch, load, size_of, url_of
+from lab.hub import fetch, load, part_of, size_of, url_of
 
 MEDIA = "Video-R1/Video-R1-data"
 PAPER = ("https://raw.githubusercontent.com/ziyue1999/Video-KTR/"
@@ -94,15 +95,16 @@ def check(path: Path, records: list[dict], folder: Path) -> None:
                            stdout=subprocess.PIPE)
     if asked.returncode not in (0, 1):
         raise SystemExit(f"error: {program} check: exit code {asked.returncode}")
-    reasons = {item["path"]: item["reason"] for item in read_json(bad)}
+    reasons = {(item["path"], item.get("row")): item["reason"] for item in read_json(bad)}
     counts = Counter()
     for record in records:
-        reason = reasons.get(record["path"], "usable")
+        reason = (reasons.get((record["path"], None)) or            # its clip's; its own
+                  reasons.get((record["path"], record["row"]), "usable"))
         kind = {"usable": "usable", "no such file": "absent"}.get(reason.split(": ")[-1], "bad")
         counts.update((name, kind) for name in (top(record), "all"))
         if kind == "bad" and counts["all", "bad"] <= 10:
             print(reason)
-    print(f"\n{'records of':24} {'usable':>8} {'no file':>8} {'unreadable':>11}")
+    print(f"\n{'records of':24} {'usable':>8} {'no file':>8} {'unusable':>11}")
     for name in [*sorted(set(map(top, records))), "all"]:
         print(f"{name:24} {counts[name, 'usable']:8} {counts[name, 'absent']:8} "
               f"{counts[name, 'bad']:11}")
@@ -114,8 +116,9 @@ def holmes_list(folder: Path) -> Path:
     path, own = folder / "eval_video-holmes.json", folder / "test_Video-Holmes.json"
     if own.is_file() and not path.is_file():
         rows = [converted(row) for row in json.loads(own.read_text("utf-8-sig"))]
-        path.write_text(json.dumps([{**row, "path": f"./Evaluation/Video-Holmes/{row['path']}"}
-                                    for row in rows], indent=1))
+        rows = [{**row, "path": f"./Evaluation/Video-Holmes/{row['path']}"} for row in rows]
+        part_of(path).write_text(json.dumps(rows, indent=1))
+        part_of(path).rename(path)
     return path
 
 
@@ -125,7 +128,9 @@ def benchmarks(a: argparse.Namespace) -> None:
         try:
             path = list_of(url_of("Video-R1/Video-R1-eval", f"eval_{name}.json"), a.folder)
             load(repo, root, named_by(read_records(path)[0]), a.folder, a.keep_zips, a.dry_run)
-        except HTTPError as error:
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403, 404):
+                raise                                   # the hub is ill, not unwilling
             print(f"{name}: {first_line(error)}; the rest goes on. Some data sets want their terms "
                   f"accepted (https://huggingface.co/datasets/{repo}) and `hf auth login`")
     list_of(url_of("TencentARC/Video-Holmes", "test_Video-Holmes.json"), a.folder)
@@ -154,12 +159,13 @@ def main(arguments: list[str] | None = None) -> None:
     a.folder = a.folder.resolve()
     if a.benchmarks and (a.only or a.list != "paper"):
         parser.error("--list and --only choose training data; --benchmarks takes neither")
+    logging.set_verbosity_error()               # its retries tell nothing that the end does not
     try:
         a.folder.mkdir(parents=True, exist_ok=True)
         (benchmarks if a.benchmarks else training)(a)
     except BadRecord as error:
         raise SystemExit(f"error: {error}") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, json.JSONDecodeError) as error:     # a mirror may answer in HTML
         raise SystemExit(f"error: {first_line(error)}; the same command continues") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None

@@ -8,6 +8,7 @@ cut by a stop is continued (hf_hub_download of huggingface_hub 2 begins it anew,
 used). Mirrors (HF_ENDPOINT), proxies and logins are huggingface_hub's own.
 """
 
+import fcntl
 import hashlib
 import io
 import posixpath
@@ -15,15 +16,18 @@ import shutil
 import stat
 import time
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import (
+    build_hf_headers, hf_raise_for_status, http_backoff, http_stream_backoff)
 
 
 def url_of(repo: str, path: str) -> str:
@@ -32,7 +36,7 @@ def url_of(repo: str, path: str) -> str:
 
 def headers_for(url: str) -> dict:
     """With the hub's login, where the hub is asked."""
-    return build_hf_headers() if url.startswith(constants.ENDPOINT) else {}
+    return build_hf_headers() if url.startswith(f"{constants.ENDPOINT}/") else {}
 
 
 def size_of(path: Path) -> int:
@@ -54,8 +58,13 @@ def fetch(url: str, path: Path, size: int | None = None, sha256: str | None = No
     if size is None or size_of(part) > size:
         part.unlink(missing_ok=True)
     with open(part, "ab+") as file:
-        http_get(url, file, resume_size=file.tell(), headers=headers_for(url), expected_size=size,
-                 displayed_filename=label or path.name)
+        try:
+            http_get(url, file, resume_size=file.tell(), headers=headers_for(url),
+                     expected_size=size, displayed_filename=label or path.name)
+        except (HTTPError, OSError):
+            if size is None or not size_of(part):       # nothing that can be continued
+                part.unlink()
+            raise
         file.seek(0)
         found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
     if found != sha256:
@@ -82,20 +91,28 @@ class Remote(io.RawIOBase):
     def readinto(self, buffer) -> int:
         n = max(0, min(len(buffer), self.size - self.at))
         if n:
-            asked = {"Range": f"bytes={self.at}-{self.at + n - 1}", **headers_for(self.url)}
-            with http_stream_backoff("GET", self.url, headers=asked) as response:
-                hf_raise_for_status(response)
-                if response.status_code != 206:
-                    raise OSError(f"{self.url}: this server does not send parts of files")
-                buffer[:n] = response.read()
+            response = http_backoff("GET", self.url, headers=self.headers(n))
+            hf_raise_for_status(response)
+            buffer[:n] = response.content
             self.at += n
         return n
+
+    def headers(self, n: int) -> dict:
+        return {"Range": f"bytes={self.at}-{self.at + n - 1}", **headers_for(self.url)}
+
+    def check(self) -> None:
+        """OSError if the hub refuses (zipfile would call that a bad zip), or would send the whole
+        file for a part of it. Nothing is read here: http_stream_backoff cannot retry that."""
+        with http_stream_backoff("GET", self.url, headers=self.headers(1)) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:
+                raise OSError(f"{self.url}: this server does not send parts of files")
 
 
 def members(repo: str, file: RepoFile) -> list[zipfile.ZipInfo]:
     """What a zip on the hub holds; OSError if a member would leave the zip's folder."""
     remote = Remote(url_of(repo, file.path), file.size)
-    remote.read(1)              # zipfile would call the hub's refusal a bad zip
+    remote.check()
     try:
         with zipfile.ZipFile(remote) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
@@ -157,8 +174,8 @@ def sources_of(repo: str, root: str, wanted: set[str]) -> list[Source]:
 
 
 def unpack(source: Source, folder: Path) -> None:
-    """A zip's wanted members that are missing. One that does not agree with its CRC ends this, and
-    the zip goes."""
+    """A zip's wanted members that are missing. One that cannot be read, or does not agree with its
+    CRC, ends this, and the zip goes."""
     path = source.path(folder)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -168,7 +185,7 @@ def unpack(source: Source, folder: Path) -> None:
                 with archive.open(source.items[place]) as member, open(part, "wb") as file:
                     shutil.copyfileobj(member, file, 1 << 20)
                 part.rename(folder / place)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         path.unlink()
         raise OSError(f"{path}: {error}: deleted") from None
 
@@ -176,7 +193,13 @@ def unpack(source: Source, folder: Path) -> None:
 def load(repo: str, root: str, wanted: set[str], folder: Path, keep_zips: bool = False,
          dry_run: bool = False) -> None:
     """Say what the wanted files of a data set take; load and unpack what is missing. SystemExit
-    before anything is loaded if the disk has too little room."""
+    before anything is loaded if the disk has too little room, or another process loads it here."""
+    if not dry_run:
+        lock = open(folder / f".{posixpath.basename(repo)}.lock", "w")      # until this returns
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"error: {folder}: another process loads {repo} into it") from None
     print(f"{repo}: reading what its files hold ...", flush=True)
     sources = sources_of(repo, root, wanted)
     absent = wanted.difference(*(source.items for source in sources))

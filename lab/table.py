@@ -21,6 +21,9 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import logging
 
 import evaluate
 from lab import download, toy
@@ -44,14 +47,19 @@ KEPT = ("row", "path", "problem", "problem_type", "solution", "grade", "unreadab
 
 # ------------------------------------------------------------------------------------------ what is
 def checkpoint_of(name: str) -> str:
-    """The folder of a run's final weights, a checkpoint's own, or a hub name; SystemExit if it is
-    none of these."""
+    """The folder of a run's final weights, a checkpoint's own, or a name that the hub or its cache
+    knows: "runs/7b" looks like one. SystemExit if it is none of these."""
     for folder in (Path(name, "final"), Path(name)):
         if (folder / "config.json").is_file():
             return str(folder.resolve())
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SystemExit(f"error: {name}: no run that has ended (final/), no checkpoint, no hub "
                          "name; a run's checkpoint-* can be given too")
+    try:
+        hf_hub_download(name, "config.json")
+    except (HTTPError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {name}: no run or checkpoint here, and not from the hub either: "
+                         f"{download.first_line(error)}") from None
     return name
 
 
@@ -273,6 +281,7 @@ def write(cells: list[Cell], models: dict[str, str], path: Path) -> tuple[list[d
 
 def main(arguments: list[str] | None = None) -> None:
     a = parse(arguments)
+    logging.set_verbosity_error()                               # no retries one by one
     models = dict(zip(labels(a.models), map(checkpoint_of, a.models)))
     if a.toy and not (a.data / "test.json").exists():
         toy.make(a.data, train=0, test=100)
@@ -292,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
             failed += 1
             print(f"{cell}: evaluate.py ended with exit code {error.returncode}; the rest goes on")
         write(cells, models, path)
-    if not any(cell.rows for cell in cells):
+    if not any(cell.result() for cell in cells):            # rows can all be unreadable
         raise SystemExit("error: nothing is measured; see above")
     table, text = write(cells, models, path)
     print(f"\n{text}\n{path}\n{path.with_suffix('.json')}")

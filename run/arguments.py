@@ -102,9 +102,8 @@ def check_values(o: Options, parser: Parser) -> None:
     if (o.filter, o.length_of, o.normalize) == ("reward", "selected", "tokens"):
         parser.error("--filter reward with --length_of selected is known too late for --normalize "
                      "tokens")
-    for name in ("model", "data"):
-        if not getattr(o, name):
-            parser.error(f"--{name} is needed")
+    if missing := [name for name in ("model", "data") if not getattr(o, name)]:
+        parser.error(f"--{missing[0]} is needed")
 
 
 def check_names(o: Options) -> None:

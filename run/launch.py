@@ -24,13 +24,11 @@ def environments(nproc: int) -> list[dict[str, str]]:
     """What torch.distributed reads, for each process of this node."""
     e = {"OMP_NUM_THREADS": "1", "NNODES": "1", "MASTER_PORT": "29500", **os.environ}
     if e["NNODES"] == "1":
-        with socket.socket() as free:
-            free.bind(("", 0))
+        with socket.create_server(("", 0)) as free:
             port = str(free.getsockname()[1])
         e |= {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name in ("NODE_RANK", "MASTER_ADDR"):
-        if name not in e:
-            raise SystemExit(f"error: {name} is not set")
+    if missing := sorted({"NODE_RANK", "MASTER_ADDR"} - e.keys()):
+        raise SystemExit(f"error: {' and '.join(missing)} is not set")
     first, ranks = nproc * int(e["NODE_RANK"]), nproc * int(e["NNODES"])
     e |= {"LOCAL_WORLD_SIZE": str(nproc), "WORLD_SIZE": str(ranks)}
     return [{**e, "RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(nproc)]

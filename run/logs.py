@@ -169,9 +169,8 @@ class Log:
         bearing, seconds = max(n - sums["dropped"], 1), sum(spent.values())
         means = {name: value / (bearing if name in OF_THE_LOSS else n)
                  for name, value in sums.items() if name != "leaving"}
-        row = {"step": step, **means, **more, "tokens": sums["tokens"],
-               "prompts": sums["prompts"], "seconds": seconds,
-               "tokens_per_second": sums["tokens"] / seconds,
+        row = {"step": step, **means, **more, "tokens": sums["tokens"], "seconds": seconds,
+               "prompts": sums["prompts"], "tokens_per_second": sums["tokens"] / seconds,
                **{f"seconds_{name}": spent.get(name, 0.0) for name in PHASES},
                "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30}
         self.append("log.jsonl", row)

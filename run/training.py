@@ -93,7 +93,6 @@ class Training:
             self.state |= checkpoint.load_state(resumed, self.optimizer)
             trained += f"; continuing from {resumed}"
         if rank == 0:
-            print(trained)
             for part in out.glob("checkpoint-*.part"):          # of a save that was killed
                 shutil.rmtree(part, ignore_errors=True)
             drop_later_rows(out, self.state["step"])
@@ -102,9 +101,14 @@ class Training:
         self.stream = Stream(o, records, left_out, self.processor, self.log, rank, ranks,
                              self.state)
         steps, planned = self.stream.steps, self.state.get("steps", self.stream.steps)
+        weights, left = sum(p.numel() for p in self.model.parameters()), steps - self.stream.first
+        hours = left * o.max_new_tokens * weights * (0.7 + 0.3 * o.prompts_per_step) / 3.6e15
+        if rank == 0:                           # an H100 takes 1 ps a weight and token: speed.md
+            on_gpus = f" ({hours:.1f} hours on H100s)" * torch.cuda.is_available()
+            print(f"{trained}; {left} steps on {ranks} processes{on_gpus}; a checkpoint takes "
+                  f"{14e-9 * weights:.3g} GB")
         if planned != steps and rank == 0:
-            print(f"the run now has {steps} steps in place of {planned}: from here on the learning "
-                  f"rate follows another cosine")
+            print(f"the run now has {steps} steps, not {planned}: the lr follows another cosine")
         self.state["steps"] = steps
         # (prompt, seed) of a question that is asked again through the whole run
         self.watched = self.stream.watched(left_out) if rank == 0 else None

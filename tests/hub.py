@@ -11,12 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 
-def zip_of(members, links=()):
-    """The bytes of a zip, stored, as the hub's are: {name: bytes}."""
+def zip_of(members, links=(), kind=zipfile.ZIP_STORED):
+    """The bytes of a zip, of {name: bytes}."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in members.items():
             info = zipfile.ZipInfo(name)
+            info.compress_type = kind
             info.external_attr = (0o120777 if name in links else 0o100644) << 16
             archive.writestr(info, content)
     return file.getvalue()
@@ -24,11 +25,13 @@ def zip_of(members, links=()):
 
 class Hub:
     """`files`: {"owner/name": {path: bytes}}. `asked`: [(path, range)] of the files' GETs.
-    `cut[path]`: bytes after which the connection is cut, once; `wrong` paths have a wrong byte in
-    whole files; `gated` data sets answer 403; `pause` seconds lie between two pieces of a file."""
+    `cut[path]`: bytes after which the connection is cut, once, of a whole file, or of a long range
+    at cut["part of PATH"]; `wrong` paths have a wrong byte in whole files; `gated` data sets answer
+    403; `ill` paths answer 503, once."""
 
     def __init__(self, files):
         self.files, self.asked, self.cut, self.wrong, self.gated = files, [], {}, set(), set()
+        self.ill = set()
         self.slow = None                        # an event: a GET of a whole file waits for it
         hub = self
 
@@ -54,6 +57,9 @@ class Hub:
                 if repo in hub.gated:
                     return self.answer(403, X_Error_Code="GatedRepo",
                                        X_Error_Message="Access is restricted")
+                if name in hub.ill:
+                    hub.ill.remove(name)
+                    return self.answer(503)
                 if name not in hub.files.get(repo, {}):
                     return self.answer(404, X_Error_Code="EntryNotFound")
                 self.file(name, hub.files[repo][name])
@@ -81,7 +87,8 @@ class Hub:
                 whole = not asked or asked.endswith("-")        # not a look at a zip's table
                 if whole and name in hub.wrong:
                     body = body[:-1] + bytes([body[-1] ^ 1])
-                n = hub.cut.pop(name, len(body)) if whole else len(body)
+                cut = name if whole else f"part of {name}"
+                n = hub.cut.pop(cut) if hub.cut.get(cut, len(body)) < len(body) else len(body)
                 self.send_response(206 if asked else 200)
                 for key, value in {"Content-Length": len(body), **headers}.items():
                     self.send_header(key.replace("_", "-"), str(value))

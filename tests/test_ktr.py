@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import ktr
@@ -663,10 +664,12 @@ def test_another_number_of_steps_is_told(run, tmp_path, capsys):
     run(tmp_path, "--max_steps", 1)
     capsys.readouterr()
     run(tmp_path, "--max_steps", 2)
-    assert ("the run now has 2 steps in place of 1: from here on the learning rate follows another "
-            "cosine") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the run now has 2 steps, not 1: the lr follows another cosine" in said
+    weights = sum(x.numel() for x in load_file(tmp_path / "final/model.safetensors").values())
+    assert f"; 1 steps on 1 processes; a checkpoint takes {14e-9 * weights:.3g} GB\n" in said
     run(tmp_path, "--max_steps", 2)
-    assert "in place of" not in capsys.readouterr().out
+    assert "the run now has" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, why", [

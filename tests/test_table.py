@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from conftest import ROOT
+from huggingface_hub import constants
 from test_evaluate import lines_of
 
 import evaluate
@@ -97,6 +98,14 @@ def test_published_figures_stand_beside_sampled_answers_too(house):
     assert cell(GRPO, 32, *other).result()["published"] == {}
 
 
+def test_a_table_without_an_answer_is_an_error(house):
+    answer(KTR, [None] * 4)
+    path = house / "out" / "ktr" / "mmvu-32" / "predictions.jsonl"
+    path.write_text(path.read_text().replace("no such file", "cannot be decoded"))
+    with pytest.raises(SystemExit, match="^error: nothing is measured"):
+        table.main([KTR, "--data", "data", "--out", "out", "--frames", "32"])
+
+
 def test_what_is_left_to_ask(house):
     assert cell(KTR).left == 4
     answer(KTR, ["B", "A", None, None])     # the clip of the third is there now
@@ -108,12 +117,19 @@ def test_what_is_left_to_ask(house):
     assert cell(KTR).left == 0 and cell(KTR, 32, "--max_new_tokens", "9").left == 4
 
 
-def test_models_are_told_apart_and_judged(house):
+def test_models_are_told_apart_and_judged(house, monkeypatch):
     (house / "other" / "ktr" / "final").mkdir(parents=True)
     assert table.labels([KTR, "Video-R1/Qwen2.5-VL-7B-COT-SFT"]) == [
         "ktr", "Qwen2.5-VL-7B-COT-SFT"]
     assert table.labels([KTR, "other/ktr/final"]) == ["runs-ktr", "other-ktr-final"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(house / "hub"))
+    cached = house / "hub" / "models--Video-KTR--Video-KTR-7B"
+    for path, text in (("refs/main", "a1"), ("snapshots/a1/config.json", "{}")):
+        (cached / path).parent.mkdir(parents=True)
+        (cached / path).write_text(text)
     assert table.checkpoint_of("Video-KTR/Video-KTR-7B") == "Video-KTR/Video-KTR-7B"
+    with pytest.raises(SystemExit, match="^error: runs/none: no run or checkpoint here, and not"):
+        table.main([START, "runs/none"])                        # it looks like a hub name
     for name in ("other/ktr", "runs/none/final", "nothing"):
         with pytest.raises(SystemExit, match=f"^error: {name}: no run that has ended"):
             table.checkpoint_of(name)
