@@ -81,7 +81,7 @@ def add_rewards(o: Options, r: Rollout, length_mask: Tensor) -> None:
 
 
 def loss_mask(o: Options, r: Rollout) -> Tensor:
-    """(G, T) bool: the tokens that bear the loss: none of a group that --filter drops, none of a
+    """(G, T) bool: tokens that count in the loss: none of a group that --filter drops, none of a
     completion that was cut under --mask_cut."""
     mask, values = r.group.completion_mask, r.rewards if o.filter == "reward" else r.accuracy
     if o.mask_cut:
@@ -161,8 +161,8 @@ def learn(o: Options, scorer: nn.Module, reference: nn.Module | None, rollouts: 
 def loss_divisor(o: Options, rollouts: list[Rollout], ranks: int,
                  device: torch.device) -> float | None:
     """What the sum over a group's tokens is divided by. --normalize tokens: this step's tokens that
-    bear the loss, on all ranks, over its number of prompts; constant: G x max_new_tokens; length
-    and selected: None, since each row has its own."""
+    count in the loss, on all ranks, over its number of prompts; constant: G x max_new_tokens;
+    length and selected: None, since each row has its own."""
     if o.normalize == "tokens":
         tokens = all_reduce_sum({"tokens": sum(float(r.loss_mask.sum()) for r in rollouts)}, device)
         return max(1.0, tokens["tokens"]) / (o.prompts_per_step * ranks)

@@ -82,7 +82,7 @@ class Options:
     normalize: str = one_of("length", "selected", "tokens", "constant", help="what divides "
                             "the loss: each completion's by its length, or its key tokens; "
                             "or the sum of all by their tokens (DAPO), or a constant (Dr. GRPO)")
-    kl_on: str = one_of("selected", "all", help="tokens that bear the KL: the key tokens, or all")
+    kl_on: str = one_of("selected", "all", help="tokens that the KL counts: the key tokens, or all")
     # ---- other papers'
     clip_high: float = number(0.0, "how far above 1 probability ratios count (DAPO .28); 0: --clip")
     updates: int = number(1, "optimizer steps for each rollout", above=0)

@@ -53,7 +53,7 @@ class Rollout:
     top_tokens: dict[str, Tensor] = field(default_factory=dict)     # signal: (G, T) bool
     key_mask: Tensor | None = None          # (G, T) bool, or weights >= 0 (--weighting)
     advantages: Tensor | None = None        # (G,)
-    loss_mask: Tensor | None = None         # (G, T) bool: tokens that bear the loss
+    loss_mask: Tensor | None = None         # (G, T) bool: tokens that count in the loss
     metrics: dict[str, Tensor] = field(default_factory=dict)        # of the loss, and the loss
 
     generator: torch.Generator = field(init=False)          # the signals' random numbers: of the

@@ -21,7 +21,7 @@ PHASES = ("data", "sample", "score", "reference", "attribute", "backward", "step
 REWARDS = ("accuracy", "format", "length_bonus", "extra_reward")
 METRICS = ("reward", "reward_std", "flat", *REWARDS, "length", "ended", "tokens", "loss", "kl",
            "clipped", "dropped", "entropy", "key_share", "overlap", "sampling_gap")
-OF_THE_LOSS = ("kl", "clipped")         # means over the groups that bear the loss
+OF_THE_LOSS = ("kl", "clipped")         # means over the groups that count in the loss
 SAMPLED = 4             # completions of a prompt that samples.jsonl keeps
 
 
@@ -166,8 +166,8 @@ class Log:
         if self.rank:
             return
         spent, n = clock.seconds, max(sums["prompts"], 1)
-        bearing, seconds = max(n - sums["dropped"], 1), sum(spent.values())
-        means = {name: value / (bearing if name in OF_THE_LOSS else n)
+        in_loss, seconds = max(n - sums["dropped"], 1), sum(spent.values())
+        means = {name: value / (in_loss if name in OF_THE_LOSS else n)
                  for name, value in sums.items() if name != "leaving"}
         row = {"step": step, **means, **more, "tokens": sums["tokens"], "seconds": seconds,
                "prompts": sums["prompts"], "tokens_per_second": sums["tokens"] / seconds,

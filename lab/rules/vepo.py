@@ -1,6 +1,6 @@
 """VEPO (Jin et al. 2026, arXiv 2606.03937): uncertain tokens whose prediction the picture changes.
 
-    s = (1 - (1 - j)^ALPHA (1 - d)^(1 - ALPHA)) h,   the best 20% of a completion bear the loss
+    s = (1 - (1 - j)^ALPHA (1 - d)^(1 - ALPHA)) h,   the best 20% of a completion count in the loss
 j: Jensen and Shannon's divergence to the prediction with a noised picture; d: how much the entropy
 changes there, in either direction; h: the entropy. Each is min-max scaled over the completion.
 
