@@ -134,10 +134,11 @@ def benchmarks(a: argparse.Namespace) -> None:
             print(f"{name}: {first_line(error)}; the rest goes on. Some data sets want their terms "
                   f"accepted (https://huggingface.co/datasets/{repo}) and `hf auth login`")
     list_of(url_of("TencentARC/Video-Holmes", "test_Video-Holmes.json"), a.folder)
-    holmes_list(a.folder)
-    print(f"video-holmes: its list is here, its clips are not: {HOLMES}. Put them at "
-          f"{a.folder}/Evaluation/Video-Holmes/ID.mp4\n"
-          f"next: bash train.sh table RUN [RUN ..] --data {a.folder}")
+    clips = named_by(read_records(holmes_list(a.folder))[0])
+    if lost := [clip for clip in clips if not (a.folder / clip).is_file()]:
+        print(f"video-holmes: its list is here, {len(lost)} of its {len(clips)} clips are not: "
+              f"{HOLMES}. Put them at {a.folder}/Evaluation/Video-Holmes/ID.mp4")
+    print(f"next: bash train.sh table RUN [RUN ..] --data {a.folder}")
 
 
 def first_line(error: BaseException) -> str:

@@ -182,6 +182,7 @@ def test_the_benchmarks_and_a_data_set_that_is_gated(whole):
     assert question["path"] == "./Evaluation/Video-Holmes/id.mp4"
     for said in (made, again):
         assert "videommmu: GatedRepoError" in said and "hf auth login" in said
+        assert "video-holmes: its list is here, 1 of its 1 clips are not" in said
         assert f"next: bash train.sh table RUN [RUN ..] --data {folder}" in said
     names = [name for name, _ in hub.loads()][1:]           # the list was cut once
     assert len(names) == len(set(names))                    # nothing came twice
