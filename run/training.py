@@ -103,7 +103,7 @@ class Training:
         steps, planned = self.stream.steps, self.state.get("steps", self.stream.steps)
         weights, left = sum(p.numel() for p in self.model.parameters()), steps - self.stream.first
         hours = left * o.max_new_tokens * weights * (0.7 + 0.3 * o.prompts_per_step) / 3.6e15
-        if rank == 0:                           # an H100 takes 1 ps a weight and token: speed.md
+        if rank == 0:       # by 6.4 s on H100s at T = 768 and 8.3e9 weights (docs/speed.md)
             on_gpus = f" ({hours:.1f} hours on H100s)" * torch.cuda.is_available()
             print(f"{trained}; {left} steps on {ranks} processes{on_gpus}; a checkpoint takes "
                   f"{14e-9 * weights:.3g} GB")
